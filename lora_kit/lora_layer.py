@@ -1,0 +1,363 @@
+"""The LoRA layer: a frozen linear layer and a trainable low-rank detour around it.
+
+    y = W x + s · B A dropout(x),      W (out, in) frozen,  A (rank, in),  B (out, rank)
+
+with s = alpha / rank (Hu et al. 2021, section 4.1) or alpha / sqrt(rank) (rank-stabilised LoRA,
+Kalajdzievski 2023). The dozen lines that teach it are in notebook 02; here they are fused: the
+scale rides inside a matrix product, the detour is added into the base's output in place, and
+nothing of the output's size is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_kit.errors import BadInputError
+from lora_kit.lora_base import DENSE, base_kind, keep_from_repacking, true_weight
+
+INITS = ("kaiming", "gaussian", "pissa")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What an adapter is, before it has weights.
+
+    rank: r, the inner width of the detour. alpha: the numerator of the scale.
+    targets: "all" (attention and MLP), "attention", "mlp", a layer name, a regular expression over
+        whole paths, or a list of names.
+    dropout: probability of zeroing an input of the detour while training.
+    init: "kaiming" (A uniform as in nn.Linear, B = 0), "gaussian" (A normal with deviation 1/r,
+        B = 0), or "pissa" (A and B from the r largest singular triples of W, which are taken out of
+        the frozen part; Meng et al. 2024, section 3).
+    rslora: scale alpha / sqrt(r) in place of alpha / r.
+    dora: train direction and magnitude apart (Liu et al. 2024, section 4).
+    Raises BadInputError for values outside these.
+    """
+
+    rank: int
+    alpha: float
+    targets: str | Sequence[str] = "all"
+    dropout: float = 0.0
+    init: str = "kaiming"
+    rslora: bool = False
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise BadInputError(f"rank must be a whole number of at least 1, not {self.rank!r}.")
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise BadInputError(f"alpha must be a positive number, not {self.alpha!r}.")
+        if not 0 <= self.dropout < 1:
+            raise BadInputError(f"dropout must lie in [0, 1), not {self.dropout!r}.")
+        if self.init not in INITS:
+            raise BadInputError(f"init must be one of {', '.join(INITS)}, not {self.init!r}.")
+        if self.dora and self.init == "pissa":
+            raise BadInputError("dora and init='pissa' cannot be combined: choose one.")
+
+    @property
+    def scale(self) -> float:
+        """s in y = W x + s · B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def with_rank(self, rank: int, alpha: float) -> LoraSpec:
+        return replace(self, rank=rank, alpha=alpha)
+
+
+class _FusedLora(torch.autograd.Function):
+    """y = x Wᵀ + b + s · x Aᵀ Bᵀ over a frozen dense W: matrix products only, no elementwise pass.
+
+    Saved for the backward pass: x, W, A, B and s·x·Aᵀ, which is only `rank` wide.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        flat = x.reshape(-1, x.shape[-1])
+        inner = _scaled_mm(flat, a.t(), scale)
+        out = F.linear(flat, weight, bias).addmm_(inner, b.t())
+        ctx.save_for_backward(flat, weight, a, b, inner)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        flat, weight, a, b, inner = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        back = _scaled_mm(grad, b, ctx.scale)
+        grad_a = back.t() @ flat if ctx.needs_input_grad[3] else None
+        grad_b = grad.t() @ inner if ctx.needs_input_grad[4] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(back, a).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class _AddLowRank(torch.autograd.Function):
+    """out + s · x Aᵀ Bᵀ, written into `out` (the base layer's fresh result)."""
+
+    @staticmethod
+    def forward(ctx, out, x, a, b, scale):
+        flat = x.reshape(-1, x.shape[-1])
+        inner = _scaled_mm(flat, a.t(), scale)
+        out.view(-1, out.shape[-1]).addmm_(inner, b.t())
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(flat, a, b, inner)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        flat, a, b, inner = ctx.saved_tensors
+        grads = grad.reshape(-1, grad.shape[-1])
+        back = _scaled_mm(grads, b, ctx.scale)
+        grad_a = back.t() @ flat if ctx.needs_input_grad[2] else None
+        grad_b = grads.t() @ inner if ctx.needs_input_grad[3] else None
+        grad_x = (back @ a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, grad_a, grad_b, None
+
+
+def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · left @ right in one product: the scale is the alpha that GEMM has anyway."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer (dense, NF4 or bitsandbytes 4-bit) that carries named adapters.
+
+    At most one adapter is active; the others wait. Shapes: x (..., in) to y (..., out).
+    Parameters: `lora_A[name]` (rank, in), `lora_B[name]` (out, rank), for DoRA
+    `lora_magnitude[name]` (out). PiSSA's starting factors are kept as buffers and subtracted, so W
+    itself stays as it was: y = W x + s · (B A − B₀ A₀) x, which equals training A and B over the
+    residual W − s · B₀ A₀.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        if base_kind(base_layer) is None:
+            raise BadInputError(f"LoRA cannot sit on a {type(base_layer).__name__}.")
+        self.base_layer = base_layer
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.lora_magnitude = nn.ParameterDict()
+        self.specs: dict[str, LoraSpec] = {}
+        self.active: str | None = None
+        self.enabled = True
+        self.merged: str | None = None
+        self._aside: list[nn.Module] = []  # what a reversible merge set aside; in a list, torch
+        # does not take it for a part of the model
+        self.frozen_state = [p.requires_grad for p in base_layer.parameters()]
+        keep_from_repacking(base_layer)
+
+    # ------------------------------------------------------------------ adapters
+    def add(self, name: str, spec: LoraSpec, generator=None, dtype: torch.dtype | None = None):
+        """Give the layer an adapter. Raises BadInputError on a rank above min(in, out)."""
+        check_rank(spec, self.in_features, self.out_features)
+        weight = self.base_layer.weight
+        if dtype is None:  # half-precision or packed bases get fp32 adapters: fp16 steps underflow
+            dtype = (
+                weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+            )
+        a, b = self._initial(spec, generator)
+        place = {"device": weight.device, "dtype": dtype}
+        self.lora_A[name] = nn.Parameter(a.to(**place))
+        self.lora_B[name] = nn.Parameter(b.to(**place))
+        if spec.init == "pissa":
+            self.register_buffer(f"start_A_{name}", a.to(**place))
+            self.register_buffer(f"start_B_{name}", b.to(**place))
+        if spec.dora:
+            norms = torch.linalg.norm(true_weight(self.base_layer).to(**place), dim=1)
+            self.lora_magnitude[name] = nn.Parameter(norms)
+        self.specs[name] = spec
+
+    def _initial(self, spec: LoraSpec, generator) -> tuple[torch.Tensor, torch.Tensor]:
+        if spec.init == "pissa":
+            return pissa_factors(true_weight(self.base_layer), spec)
+        a = torch.empty(spec.rank, self.in_features)
+        if spec.init == "gaussian":
+            a.normal_(std=1 / spec.rank, generator=generator)
+        else:  # what nn.Linear does: kaiming_uniform with a = sqrt(5) is U(-1/sqrt(in), 1/sqrt(in))
+            bound = 1 / math.sqrt(self.in_features)
+            a.uniform_(-bound, bound, generator=generator)
+        return a, torch.zeros(self.out_features, spec.rank)
+
+    def drop(self, name: str) -> None:
+        del self.lora_A[name], self.lora_B[name], self.specs[name]
+        if name in self.lora_magnitude:
+            del self.lora_magnitude[name]
+        for start in (f"start_A_{name}", f"start_B_{name}"):
+            if hasattr(self, start):
+                delattr(self, start)
+        if self.active == name:
+            self.active = None
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        found = [self.lora_A[name], self.lora_B[name]]
+        return [*found, self.lora_magnitude[name]] if name in self.lora_magnitude else found
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The base layer that a reversible merge set aside."""
+        return self._aside[0] if self._aside else None
+
+    def set_aside(self, layer: nn.Module | None) -> None:
+        """Keep `layer` as the original of a merge, or (None) let the kept one go."""
+        self._aside = [] if layer is None else [layer]
+
+    @property
+    def unmerged_base(self) -> nn.Module:
+        """The base layer as it was before any merge."""
+        return self.original if self.original is not None else self.base_layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's stored weight (some models look at `.weight.dtype`)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        """ΔW = s · (B A − B₀ A₀), (out, in), in fp32 or finer; DoRA's magnitude is not in it."""
+        dtype = torch.promote_types(self.lora_A[name].dtype, torch.float32)
+        scale = self.specs[name].scale
+        delta = (
+            self.lora_B[name].detach().to(dtype) @ self.lora_A[name].detach().to(dtype)
+        ) * scale
+        if self.specs[name].init == "pissa":
+            start_a, start_b = self.start(name)
+            delta -= (start_b.to(dtype) @ start_a.to(dtype)) * scale
+        return delta
+
+    def start(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return getattr(self, f"start_A_{name}"), getattr(self, f"start_B_{name}")
+
+    def merged_weight(self, name: str) -> torch.Tensor:
+        """W + ΔW, or for DoRA m · (W + ΔW) / ‖W + ΔW‖ by rows, in fp32 or finer; a new tensor."""
+        delta = self.delta_weight(name)
+        merged = true_weight(self.unmerged_base).to(delta.dtype) + delta
+        if self.specs[name].dora:
+            norms = torch.linalg.norm(merged, dim=1)
+            merged = merged * (self.lora_magnitude[name].detach() / norms).to(merged.dtype)[:, None]
+        return merged
+
+    # ------------------------------------------------------------------ forward
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        name = self.active
+        if name is None or self.merged is not None or not self.enabled:
+            return self.base_layer(x)
+        spec = self.specs[name]
+        a, b = self._modules["lora_A"]._parameters[name], self._modules["lora_B"]._parameters[name]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        dropping = self.training and spec.dropout > 0
+        if spec.dora or x.dtype != a.dtype:
+            return self._plain_forward(x, a, b, spec, name, dropping)
+        base = self._modules["base_layer"]
+        source = F.dropout(x, spec.dropout, training=True) if dropping else x
+        if not dropping and self._can_fuse(base, x):
+            out = _FusedLora.apply(x, base.weight, base.bias, a, b, spec.scale)
+        else:
+            out = base(x)
+            if base._forward_hooks:  # a hook may have kept the base's output: do not write into it
+                out = out.clone()
+            out = add_low_rank(out, source, a, b, spec.scale)
+        if spec.init == "pissa":
+            start_a, start_b = (start.to(x.dtype) for start in self.start(name))
+            out = add_low_rank(out, source, start_a, start_b, -spec.scale)
+        return out
+
+    @staticmethod
+    def _can_fuse(base: nn.Module, x: torch.Tensor) -> bool:
+        """Frozen plain nn.Linear in the input's dtype, with no hooks that a by-pass would skip."""
+        return (
+            torch.is_grad_enabled()
+            and type(base) is nn.Linear
+            and base.weight.dtype == x.dtype
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not base._backward_hooks
+        )
+
+    def _plain_forward(self, x, a, b, spec, name, dropping) -> torch.Tensor:
+        """Torch's own operations, for DoRA and for an adapter finer than its input."""
+        out = self.base_layer(x)
+        dtype = out.dtype
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(a.dtype)
+        dropped = F.dropout(x, spec.dropout, training=True) if dropping else x
+        low = F.linear(F.linear(dropped, a), b) * spec.scale
+        if spec.init == "pissa":
+            start_a, start_b = (t.to(x.dtype) for t in self.start(name))
+            low = low - F.linear(F.linear(dropped, start_a), start_b) * spec.scale
+        if not spec.dora:
+            return (out + low).to(dtype)
+        weight = true_weight(self.base_layer).to(x.dtype)
+        # The norm is a constant to the gradient (DoRA, section 4.3).
+        with torch.no_grad():
+            norms = torch.linalg.norm(weight + spec.scale * (b @ a).to(x.dtype), dim=1)
+        ratio = (self.lora_magnitude[name] / norms).to(x.dtype)
+        bias = self.base_layer.bias
+        plain = F.linear(dropped, weight) if dropping else out if bias is None else out - bias
+        return (out + (ratio - 1) * plain + ratio * low).to(dtype)
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{n}: rank {s.rank}" for n, s in self.specs.items()) or "none"
+        state = f", merged: {self.merged}" if self.merged else "" if self.enabled else ", disabled"
+        return f"adapters: {adapters}, active: {self.active}{state}"
+
+
+def add_low_rank(out, x, a, b, scale: float) -> torch.Tensor:
+    """out + scale · x Aᵀ Bᵀ, in place where `out` may be written to.
+
+    Shapes: out (..., out_features), x (..., in_features), a (rank, in), b (out, rank), one dtype.
+    """
+    if out.dtype != a.dtype or (out.requires_grad and out.is_leaf):
+        low = F.linear(F.linear(x.to(a.dtype), a), b) * scale
+        return (out + low).to(out.dtype)
+    if torch.is_grad_enabled():
+        return _AddLowRank.apply(out, x, a, b, scale)
+    inner = x.reshape(-1, x.shape[-1]) @ a.t()
+    out.view(-1, out.shape[-1]).addmm_(inner, b.t(), alpha=scale)
+    return out
+
+
+def check_rank(spec: LoraSpec, in_features: int, out_features: int, path: str = "") -> None:
+    most = min(in_features, out_features)
+    if spec.rank > most:
+        where = f" of {path}" if path else ""
+        raise BadInputError(
+            f"rank {spec.rank} is above min(in, out) = {most}{where} "
+            f"({out_features} x {in_features}): a product of that rank cannot use it. "
+            f"Use a rank of at most {most}."
+        )
+
+
+def pissa_factors(weight: torch.Tensor, spec: LoraSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """A₀ (rank, in) and B₀ (out, rank) with s · B₀ A₀ = the best rank-r part of W.
+
+    PiSSA (Meng et al. 2024), equations 2 and 3: with W = U S Vᵀ, B₀ = U_r sqrt(S_r / s) and
+    A₀ = sqrt(S_r / s) V_rᵀ.
+    """
+    u, s, vh = torch.linalg.svd(weight.to(torch.float32), full_matrices=False)
+    root = torch.sqrt(s[: spec.rank] / spec.scale)
+    a0 = (root[:, None] * vh[: spec.rank]).contiguous()
+    b0 = (u[:, : spec.rank] * root).contiguous()
+    return a0, b0
+
+
+def is_dense(layer: LoRALinear) -> bool:
+    return base_kind(layer.unmerged_base) == DENSE
