@@ -49,6 +49,14 @@ def true_weight(module: nn.Module) -> torch.Tensor:
     )
 
 
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Where the layer's numbers lie, and their dtype where they are dense (None for 4 bits)."""
+    if base_kind(module) == NF4:
+        return module.codes.device, None
+    dtype = module.weight.dtype if base_kind(module) == DENSE else None
+    return module.weight.device, dtype
+
+
 def is_repacked(module: nn.Module) -> bool:
     """True when bitsandbytes has re-ordered this layer's bytes for its CPU kernel."""
     state = getattr(module.weight, "quant_state", None)
@@ -136,9 +144,12 @@ def with_weight(module: nn.Module, weight: torch.Tensor, dense: bool = False) ->
     if kind == NF4:
         layer = type(module).from_linear(
             plain,
-            block_size=getattr(module, "block_size", 64),
-            double_quant=getattr(module, "double_quant", True),
+            block_size=module.block_size,
+            double_quant=module.double_quant,
+            compute_dtype=module.compute_dtype,
+            format=module.format,
         )
+        layer.weight_dtype = module.weight_dtype
     else:
         layer = _bnb_from_linear(module, plain)
     layer.train(module.training)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_kit.errors import BadInputError
-from lora_kit.lora_base import DENSE, base_kind, keep_from_repacking, true_weight
+from lora_kit.lora_base import base_kind, keep_from_repacking, place_of, true_weight
 
 INITS = ("kaiming", "gaussian", "pissa")
 
@@ -79,10 +79,11 @@ class _FusedLora(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, scale):
         flat = x.reshape(-1, x.shape[-1])
         inner = _scaled_mm(flat, a.t(), scale)
-        out = F.linear(flat, weight, bias).addmm_(inner, b.t())
+        out = F.linear(x, weight, bias)
+        out.view(-1, out.shape[-1]).addmm_(inner, b.t())
         ctx.save_for_backward(flat, weight, a, b, inner)
         ctx.scale, ctx.shape = scale, x.shape
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -155,25 +156,22 @@ class LoRALinear(nn.Module):
         self.merged: str | None = None
         self._aside: list[nn.Module] = []  # what a reversible merge set aside; in a list, torch
         # does not take it for a part of the model
-        self.frozen_state = [p.requires_grad for p in base_layer.parameters()]
         keep_from_repacking(base_layer)
 
     # ------------------------------------------------------------------ adapters
     def add(self, name: str, spec: LoraSpec, generator=None, dtype: torch.dtype | None = None):
         """Give the layer an adapter. Raises BadInputError on a rank above min(in, out)."""
         check_rank(spec, self.in_features, self.out_features)
-        weight = self.base_layer.weight
-        if dtype is None:  # half-precision or packed bases get fp32 adapters: fp16 steps underflow
-            dtype = (
-                weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-            )
+        device, stored = place_of(self.base_layer)
+        if dtype is None:  # half-precision and 4-bit bases get fp32 adapters: fp16 steps underflow
+            dtype = torch.float64 if stored == torch.float64 else torch.float32
         a, b = self._initial(spec, generator)
-        place = {"device": weight.device, "dtype": dtype}
+        place = {"device": device, "dtype": dtype}
         self.lora_A[name] = nn.Parameter(a.to(**place))
         self.lora_B[name] = nn.Parameter(b.to(**place))
         if spec.init == "pissa":
-            self.register_buffer(f"start_A_{name}", a.to(**place))
-            self.register_buffer(f"start_B_{name}", b.to(**place))
+            self.register_buffer(f"start_A_{name}", self.lora_A[name].detach().clone())
+            self.register_buffer(f"start_B_{name}", self.lora_B[name].detach().clone())
         if spec.dora:
             norms = torch.linalg.norm(true_weight(self.base_layer).to(**place), dim=1)
             self.lora_magnitude[name] = nn.Parameter(norms)
@@ -265,18 +263,20 @@ class LoRALinear(nn.Module):
         if spec.dora or x.dtype != a.dtype:
             return self._plain_forward(x, a, b, spec, name, dropping)
         base = self._modules["base_layer"]
-        source = F.dropout(x, spec.dropout, training=True) if dropping else x
-        if not dropping and self._can_fuse(base, x):
-            out = _FusedLora.apply(x, base.weight, base.bias, a, b, spec.scale)
-        else:
-            out = base(x)
-            if base._forward_hooks:  # a hook may have kept the base's output: do not write into it
-                out = out.clone()
-            out = add_low_rank(out, source, a, b, spec.scale)
-        if spec.init == "pissa":
+        if spec.init == "pissa" and not dropping:  # one detour of rank 2r: s · [B, −B₀] [A; A₀] x
             start_a, start_b = (start.to(x.dtype) for start in self.start(name))
-            out = add_low_rank(out, source, start_a, start_b, -spec.scale)
-        return out
+            a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
+        if not dropping and self._can_fuse(base, x):
+            return _FusedLora.apply(x, base.weight, base.bias, a, b, spec.scale)
+        out = base(x)
+        if base._forward_hooks:  # a hook may have kept the base's output: do not write into it
+            out = out.clone()
+        if not dropping:
+            return add_low_rank(out, x, a, b, spec.scale)
+        if spec.init == "pissa":  # W − s · B₀ A₀ is the frozen part: dropout is not for it
+            start_a, start_b = (start.to(x.dtype) for start in self.start(name))
+            out = add_low_rank(out, x, start_a, start_b, -spec.scale)
+        return add_low_rank(out, F.dropout(x, spec.dropout, training=True), a, b, spec.scale)
 
     @staticmethod
     def _can_fuse(base: nn.Module, x: torch.Tensor) -> bool:
@@ -302,7 +302,7 @@ class LoRALinear(nn.Module):
         low = F.linear(F.linear(dropped, a), b) * spec.scale
         if spec.init == "pissa":
             start_a, start_b = (t.to(x.dtype) for t in self.start(name))
-            low = low - F.linear(F.linear(dropped, start_a), start_b) * spec.scale
+            low = low - F.linear(F.linear(x, start_a), start_b) * spec.scale
         if not spec.dora:
             return (out + low).to(dtype)
         weight = true_weight(self.base_layer).to(x.dtype)
@@ -329,6 +329,8 @@ def add_low_rank(out, x, a, b, scale: float) -> torch.Tensor:
         low = F.linear(F.linear(x.to(a.dtype), a), b) * scale
         return (out + low).to(out.dtype)
     if torch.is_grad_enabled():
+        if out._is_view():  # autograd refuses to write into some views, and is slow for the others
+            out = out.clone()
         return _AddLowRank.apply(out, x, a, b, scale)
     inner = x.reshape(-1, x.shape[-1]) @ a.t()
     out.view(-1, out.shape[-1]).addmm_(inner, b.t(), alpha=scale)
@@ -357,7 +359,3 @@ def pissa_factors(weight: torch.Tensor, spec: LoraSpec) -> tuple[torch.Tensor, t
     a0 = (root[:, None] * vh[: spec.rank]).contiguous()
     b0 = (u[:, : spec.rank] * root).contiguous()
     return a0, b0
-
-
-def is_dense(layer: LoRALinear) -> bool:
-    return base_kind(layer.unmerged_base) == DENSE

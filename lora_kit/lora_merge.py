@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_kit.errors import BadInputError, LoraKitError, unknown_name
-from lora_kit.lora_base import DENSE, base_kind, true_weight, with_weight
+from lora_kit.lora_base import DENSE, base_kind, place_of, true_weight, with_weight
 from lora_kit.lora_layer import LoRALinear
 from lora_kit.lora_state import (
     active_adapter,
@@ -211,7 +211,7 @@ def unmerge_lora(model: nn.Module) -> None:
             "load the base again."
         )
     for layer in merged:
-        device = layer.base_layer.weight.device  # the model may have moved since
+        device, _ = place_of(layer.base_layer)  # the model may have moved since
         layer.base_layer, layer.merged = layer.original.to(device), None
         layer.set_aside(None)
 
