@@ -1,0 +1,253 @@
+"""Data: named sets from the hub or a local folder, checked row by row; and seeded generators.
+
+A local folder named by LORA_KIT_DATA, laid out as `<set>/<split>.jsonl.gz`, takes precedence over
+the hub: the same rows, without a network.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_kit import store
+from lora_kit.errors import BadInputError, CorruptFileError, NotAvailableError, unknown_name
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One registry entry. `splits` maps our split name to the hub's; `fields` is what each row
+    must have; hub_id None marks a set that is only read from a local folder."""
+
+    name: str
+    hub_id: str | None
+    config: str | None
+    licence: str
+    splits: Mapping[str, str]
+    fields: tuple[str, ...]
+    hub_fields: Mapping[str, str] = field(default_factory=dict)
+    notes: str = ""
+
+
+DATASETS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec(
+            "alpaca",
+            "tatsu-lab/alpaca",
+            None,
+            "CC BY-NC 4.0",
+            {"train": "train"},
+            ("instruction", "input", "output"),
+            notes="52,002 rows on the hub; a local folder may hold a part (train_5000).",
+        ),
+        DatasetSpec(
+            "code_alpaca",
+            "sahil2801/CodeAlpaca-20k",
+            None,
+            "CC BY-NC 4.0",
+            {"train": "train"},
+            ("instruction", "input", "output"),
+        ),
+        DatasetSpec(
+            "gsm8k",
+            "openai/gsm8k",
+            "main",
+            "MIT",
+            {"train": "train", "test": "test"},
+            ("question", "answer"),
+        ),
+        DatasetSpec(
+            "hellaswag",
+            "Rowan/hellaswag",
+            None,
+            "MIT",
+            {"validation": "validation"},
+            ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label"),
+        ),
+        DatasetSpec(
+            "mmlu",
+            "cais/mmlu",
+            "all",
+            "MIT",
+            {"test": "test", "dev": "dev"},
+            ("subject", "question", "choices", "answer"),
+        ),
+        DatasetSpec(
+            "dialogsum",
+            "knkarthick/dialogsum",
+            None,
+            "CC BY-NC-SA 4.0",
+            {"dev": "validation", "test": "test"},
+            ("fname", "dialogue", "topic"),
+            hub_fields={"id": "fname"},
+        ),
+        DatasetSpec(
+            "amazon_google",
+            None,
+            None,
+            "see the set's own page",
+            {"train": "train", "validation": "validation", "test": "test"},
+            ("left", "right", "label"),
+            notes="Local only: product pairs, each side title, manufacturer and price.",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows with their origin. source is "folder", "hub" or "generated"; fingerprint the SHA-256 of
+    the rows as JSON, so that two runs on the same rows can be told from two on others."""
+
+    name: str
+    split: str
+    rows: tuple[dict, ...]
+    source: str
+    revision: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    @property
+    def fingerprint(self) -> str:
+        return store.sha256_json(list(self.rows))[:16]
+
+    def take(self, n: int) -> Dataset:
+        """The first n rows (all of them where there are fewer)."""
+        return Dataset(self.name, self.split, self.rows[:n], self.source, self.revision)
+
+    def record(self) -> dict:
+        """The `data` part of a result record."""
+        return {
+            "name": self.name,
+            "split": self.split,
+            "rows": len(self),
+            "source": self.source,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def load_rows(name: str, split: str, limit: int | None = None) -> Dataset:
+    """Rows of a named set, from LORA_KIT_DATA where it has them, else from the hub.
+
+    Args:
+        name: a registry name.
+        split: one of the set's splits.
+        limit: keep the first so many rows.
+
+    Raises:
+        UnknownNameError: the set or split; nearest names are offered.
+        NotAvailableError: neither in the local folder nor within reach on the hub.
+        CorruptFileError: a row without the expected fields, or a file that cannot be read.
+        BadInputError: limit < 1.
+    """
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
+    spec = DATASETS[name]
+    if split not in spec.splits:
+        raise unknown_name(f"split of {name}", split, spec.splits)
+    if limit is not None and limit < 1:
+        raise BadInputError(f"limit must be at least 1, not {limit}.")
+    local = local_file(name, split)
+    if local is not None:
+        rows, source, revision = read_jsonl(local), "folder", store.sha256_file(local)[:12]
+    else:
+        rows, revision = _from_hub(spec, split)
+        source = "hub"
+    check_rows(rows, spec.fields, f"{name}/{split}")
+    return Dataset(name, split, tuple(rows[:limit]), source, revision)
+
+
+def is_local(name: str, split: str) -> bool:
+    """Whether LORA_KIT_DATA holds this split, so that no network is needed."""
+    return local_file(name, split) is not None
+
+
+def local_file(name: str, split: str) -> Path | None:
+    """The local file of a split: `<set>/<split>.jsonl[.gz]`, or a part, `<split>_<rows>.jsonl.gz`."""
+    root = store.local_data()
+    if root is None or not (root / name).is_dir():
+        return None
+    for pattern in (f"{split}.jsonl", f"{split}.jsonl.gz", f"{split}_[0-9]*.jsonl*"):
+        found = sorted((root / name).glob(pattern))
+        if found:
+            return found[0]
+    return None
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Read JSON lines, gzipped or plain.
+
+    Raises:
+        CorruptFileError: names the file and the line.
+    """
+    rows = []
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CorruptFileError(f"{path} line {number} is not JSON: {e}.") from e
+    except (EOFError, OSError) as e:
+        raise CorruptFileError(f"{path} breaks off after line {number}: {e}.") from e
+    return rows
+
+
+def check_rows(rows: Iterable[Mapping], fields: Iterable[str], where: str) -> None:
+    """Hold every row to the fields expected of it.
+
+    Raises:
+        CorruptFileError: there are no rows, or a row lacks a field; names the first such row.
+    """
+    fields = tuple(fields)
+    count = 0
+    for count, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise CorruptFileError(f"{where} row {count} is a {type(row).__name__}, not an object.")
+        missing = [f for f in fields if f not in row]
+        if missing:
+            raise CorruptFileError(
+                f"{where} row {count} lacks {', '.join(missing)}; it has {', '.join(sorted(row))}."
+            )
+    if count == 0:
+        raise CorruptFileError(f"{where} has no rows.")
+
+
+def _from_hub(spec: DatasetSpec, split: str) -> tuple[list[dict], str]:
+    unreachable = (
+        f"{spec.name}/{split} is neither in the folder LORA_KIT_DATA names "
+        f"({store.local_data() or 'not set'})"
+    )
+    if spec.hub_id is None:
+        raise NotAvailableError(f"{unreachable} nor on the hub; put it into that folder.")
+    from datasets import load_dataset
+    from huggingface_hub import dataset_info
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        revision = dataset_info(spec.hub_id, timeout=20).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        revision = None  # offline: the datasets library may hold a copy in its own cache
+    try:
+        loaded = load_dataset(
+            spec.hub_id, spec.config, split=spec.splits[split], revision=revision
+        )
+    except (OSError, ValueError) as e:  # datasets raises both for what it cannot reach
+        raise NotAvailableError(
+            f"{unreachable} nor can the hub be reached. Connect once, or put it there."
+        ) from e
+    rows = [{spec.hub_fields.get(k, k): v for k, v in row.items()} for row in loaded]
+    return rows, revision or "cached"

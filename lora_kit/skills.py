@@ -1,0 +1,139 @@
+"""Skills: small tasks generated from a seed, with exact control of their size.
+
+A skill of k digits is a numbered list of all its rows: row i of k-digit addition is one pair of
+operands. Drawing rows is then drawing distinct numbers, which is exact for every k, and a test set
+is disjoint from a training set because it is drawn first and left out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from lora_kit.data import Dataset
+from lora_kit.errors import BadInputError, unknown_name
+
+
+@dataclass(frozen=True)
+class Skill:
+    """`space(k)`: how many k-digit rows there are; `row(k, i)`: prompt and completion of row i."""
+
+    name: str
+    space: Callable[[int], int]
+    row: Callable[[int, int], tuple[str, str]]
+
+
+def _operands(k: int) -> tuple[int, int]:
+    """The lowest k-digit number and how many there are: 0 and 10, then 10^(k-1) and 9·10^(k-1)."""
+    return (0, 10) if k == 1 else (10 ** (k - 1), 9 * 10 ** (k - 1))
+
+
+def _addition_row(k: int, i: int) -> tuple[str, str]:
+    low, count = _operands(k)
+    a, b = divmod(i, count)
+    return f"{low + a}+{low + b}=", str(2 * low + a + b)
+
+
+def _reversal_row(k: int, i: int) -> tuple[str, str]:
+    text = f"{i:0{k}d}"
+    return f"reverse {text}=", text[::-1]
+
+
+SKILLS: dict[str, Skill] = {
+    skill.name: skill
+    for skill in (
+        Skill("addition", lambda k: _operands(k)[1] ** 2, _addition_row),
+        Skill("reversal", lambda k: 10**k, _reversal_row),
+    )
+}
+
+
+def draw_skill(
+    name: str, digits: int | Iterable[int], n: int, seed: int, exclude: Iterable[str] = ()
+) -> Dataset:
+    """n distinct rows of a skill for each number of digits k.
+
+    `addition` is `"12+34=" → "46"`: both operands have exactly k digits, no leading zeros (k = 1
+    draws from 0…9, k ≥ 2 from 10^(k−1)…10^k − 1). `reversal` is `"reverse 417=" → "714"`: copying
+    where addition needs carrying. Rows carry `digits` (k), so that accuracy can be read by length.
+
+    Args:
+        name: a name of SKILLS.
+        digits: k, or several.
+        n: rows for each k.
+        seed: the same seed gives the same rows.
+        exclude: prompts that must not occur (the test set's, when this is the training set).
+
+    Raises:
+        UnknownNameError: no such skill.
+        BadInputError: k < 1, n < 1, or fewer than n distinct rows are left.
+    """
+    if name not in SKILLS:
+        raise unknown_name("skill", name, SKILLS)
+    if n < 1:
+        raise BadInputError(f"n must be at least 1, not {n}.")
+    skill, excluded = SKILLS[name], set(exclude)
+    rows: list[dict] = []
+    for k in _lengths(digits):
+        rng = random.Random(f"{name}/{k}/{seed}")
+        space = skill.space(k)
+        drawn = _draw_distinct(rng, space, min(space, n + len(excluded)))
+        pairs = (skill.row(k, i) for i in drawn)
+        kept = [(p, c) for p, c in pairs if p not in excluded][:n]
+        if len(kept) < n:
+            raise BadInputError(
+                f"Only {len(kept):,} of the {space:,} {k}-digit rows of {name} are not excluded, "
+                f"and {n:,} were asked for; ask for fewer, or for more digits."
+            )
+        rows += [{"prompt": p, "completion": c, "digits": k} for p, c in kept]
+    return Dataset(name, "all", tuple(rows), "generated", f"seed {seed}")
+
+
+def train_and_test(
+    name: str, digits: int | Iterable[int], train: int, test: int, seed: int
+) -> tuple[Dataset, Dataset]:
+    """Disjoint training rows (shuffled) and test rows (by length) of a skill.
+
+    The test rows, `test` for each k, are drawn first; the training rows are drawn from what is
+    left: `train` for each k, or all that is left where a length has fewer (1-digit sums: 100).
+
+    Raises:
+        as `draw_skill`; BadInputError also when the test rows leave nothing to train on.
+    """
+    lengths = _lengths(digits)
+    held_out = draw_skill(name, lengths, test, seed)
+    prompts = {row["prompt"] for row in held_out}
+    rows: list[dict] = []
+    for k in lengths:
+        left = SKILLS[name].space(k) - test
+        if left < 1:
+            raise BadInputError(
+                f"{test:,} test rows take all {k}-digit rows of {name}; ask for fewer."
+            )
+        rows += draw_skill(name, k, min(train, left), seed, exclude=prompts).rows
+    random.Random(seed).shuffle(rows)
+    return (
+        Dataset(name, "train", tuple(rows), "generated", f"seed {seed}"),
+        Dataset(name, "test", held_out.rows, "generated", f"seed {seed}"),
+    )
+
+
+def _lengths(digits: int | Iterable[int]) -> list[int]:
+    lengths = [digits] if isinstance(digits, int) else list(digits)
+    for k in lengths:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise BadInputError(f"The number of digits k must be a whole number from 1, not {k!r}.")
+    if not lengths or len(set(lengths)) != len(lengths):
+        raise BadInputError(f"The numbers of digits must be one or more, each once, not {lengths}.")
+    return lengths
+
+
+def _draw_distinct(rng: random.Random, space: int, n: int) -> list[int]:
+    """n distinct numbers below `space`, in random order."""
+    if space < 2**62:
+        return rng.sample(range(space), n)
+    drawn: dict[int, None] = {}  # beyond what range() can count a repeat is all but impossible
+    while len(drawn) < n:
+        drawn[rng.randrange(space)] = None
+    return list(drawn)

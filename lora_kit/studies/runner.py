@@ -1,0 +1,260 @@
+"""Running notebooks: papermill underneath, with parameters checked and one record a run."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shlex
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_kit import store
+from lora_kit.errors import BadInputError, RunFailedError, unknown_name
+from lora_kit.notebook import MIME, SET_SWITCH, parameter_set
+from lora_kit.studies.records import Record, new_record, write_record
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """An executed notebook, its record, and where both lie."""
+
+    notebook: Path
+    record_path: Path
+    record: Record
+
+
+def list_notebooks() -> list[str]:
+    """The course's notebooks, by name, in order."""
+    return sorted(p.stem for p in (store.repository() / "notebooks").glob("*.ipynb"))
+
+
+def find_notebook(name: str) -> Path:
+    """A notebook's path from a path, its name, or its number ("03").
+
+    Raises:
+        UnknownNameError: nothing answers to the name.
+    """
+    path = Path(name)
+    if path.suffix == ".ipynb":
+        if path.exists():
+            return path.resolve()
+        raise BadInputError(f"There is no notebook {path}.")
+    known = list_notebooks()
+    matches = [k for k in known if k == name or k.split("_")[0] == name]
+    if len(matches) != 1:
+        raise unknown_name("notebook", name, known)
+    return store.repository() / "notebooks" / f"{matches[0]}.ipynb"
+
+
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """The parameters of a notebook and their defaults, from its one cell tagged `parameters`.
+
+    Raises:
+        BadInputError: no such cell, more than one, or a default that is not a plain value.
+    """
+    import nbformat
+
+    cells = [
+        c
+        for c in nbformat.read(path, as_version=4).cells
+        if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise BadInputError(f"{path.name} has {len(cells)} cells tagged 'parameters'; it needs one.")
+    found = {}
+    for node in ast.parse(cells[0].source).body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            raise BadInputError(
+                f"The parameters cell of {path.name} may hold NAME = value lines only."
+            )
+        try:
+            found[node.targets[0].id] = ast.literal_eval(node.value)
+        except ValueError as e:
+            raise BadInputError(
+                f"{node.targets[0].id} in the parameters cell of {path.name} is not a plain value."
+            ) from e
+    return found
+
+
+def check_parameters(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Hold given parameters to the notebook's own; return them in the defaults' types.
+
+    A whole number is taken for a float default; nothing else is converted.
+
+    Raises:
+        UnknownNameError: a name the notebook does not have; lists known ones, offers the nearest.
+        BadInputError: a value of another type than the default's.
+    """
+    defaults = notebook_parameters(path)
+    checked = {}
+    for name, value in given.items():
+        if name not in defaults:
+            raise unknown_name(f"parameter of {path.stem}", name, defaults)
+        default = defaults[name]
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if default is not None and type(value) is not type(default):
+            raise BadInputError(
+                f"{name} must be {_kind(default)} like its default {default!r}, not {value!r}."
+            )
+        checked[name] = value
+    return checked
+
+
+def parse_value(text: str) -> Any:
+    """A command-line value: a Python literal where it reads as one (3, 1e-4, True, [1, 2]), else
+    the text itself."""
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def run_notebook(
+    name: str,
+    parameters: dict[str, Any] | None = None,
+    parameter_file: str | None = None,
+    output: Path | None = None,
+    command: str | None = None,
+) -> RunResult:
+    """Execute a notebook and write the executed copy, its figures and its result record.
+
+    Args:
+        name: path, name or number of the notebook.
+        parameters: overrides; they win over the file's.
+        parameter_file: a named set ("smoke", "cpu", "t4") or a YAML file.
+        output: a folder; `runs/<notebook>/` by default. Gets `<notebook>.ipynb`,
+            `<notebook>.json` and `figures/`.
+        command: what the record names as its command.
+
+    Raises:
+        UnknownNameError, BadInputError: before anything runs.
+        RunFailedError: a cell failed; the partial notebook is kept and the cell named.
+    """
+    path = find_notebook(name)
+    given = parameter_set(parameter_file, path.stem) if parameter_file else {}
+    given = check_parameters(path, {**given, **(parameters or {})})
+    output = Path(output or store.repository() / "runs" / path.stem).resolve()
+    store.check_disk(output, 50_000_000, f"Running {path.stem}")
+    output.mkdir(parents=True, exist_ok=True)
+    target = output / path.name
+    command = command or _command(path, given)
+    started = time.perf_counter()
+    with _environment(output):
+        _execute(path, target, given)
+    seconds = time.perf_counter() - started
+    record = _record(path, target, {**notebook_parameters(path), **given}, command, seconds)
+    record_path = write_record(record, output / f"{path.stem}.json")
+    return RunResult(target, record_path, record)
+
+
+def run_in_place(name: str) -> Path:
+    """Execute a notebook with its default parameters and store the outputs in the notebook itself,
+    figures in `figures/`: how the committed notebooks are made. A failed run changes nothing.
+
+    Raises:
+        RunFailedError: names the cell.
+    """
+    import nbformat
+
+    path = find_notebook(name)
+    part = path.parent / f".{path.stem}.part.ipynb"
+    try:
+        with _environment(None):
+            _execute(path, part, {})
+        executed = nbformat.read(part, as_version=4)
+    finally:
+        part.unlink(missing_ok=True)
+    executed.metadata.pop("papermill", None)
+    for cell in executed.cells:
+        for passing in ("papermill", "execution"):
+            cell.metadata.pop(passing, None)
+    store.write_text(path, nbformat.writes(executed) + "\n")
+    return path
+
+
+def collect_notes(executed) -> tuple[dict, dict, dict]:
+    """The metrics, tables and facts (model, data, seed …) that an executed notebook noted."""
+    metrics, tables, facts = {}, {}, {}
+    for cell in executed.cells:
+        for out in cell.get("outputs", []):
+            note = out.get("data", {}).get(MIME)
+            if note:
+                metrics.update(note.get("metrics", {}))
+                tables.update(note.get("tables", {}))
+                facts.update(note.get("facts", {}))
+    return metrics, tables, facts
+
+
+def _execute(path: Path, target: Path, given: dict[str, Any]) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        papermill.execute_notebook(
+            str(path),
+            str(target),
+            parameters=given,
+            cwd=str(path.parent),
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+        )
+    except PapermillExecutionError as e:
+        raise RunFailedError(
+            f"{path.stem} failed in cell {e.exec_count}: {e.ename}: {e.evalue}. "
+            f"What ran is kept in {target}."
+        ) from None
+
+
+@contextmanager
+def _environment(output: Path | None):
+    """Figures beside the run's output, and no parameter set but the one given."""
+    old = {k: os.environ.get(k) for k in ("LORA_KIT_FIGURES", SET_SWITCH)}
+    os.environ.pop(SET_SWITCH, None)
+    if output is not None:
+        os.environ["LORA_KIT_FIGURES"] = str(output / "figures")
+    try:
+        yield
+    finally:
+        for key, value in old.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+
+def _record(path: Path, target: Path, parameters, command: str, seconds: float) -> Record:
+    import nbformat
+
+    metrics, tables, facts = collect_notes(nbformat.read(target, as_version=4))
+    seed = parameters.get("SEED")
+    return new_record(
+        path.stem,
+        command,
+        parameters=parameters,
+        metrics=metrics,
+        tables=tables,
+        seed=seed if isinstance(seed, int) else None,
+        seconds=round(seconds, 2),
+        peak_memory_bytes=facts.get("peak_memory_bytes"),
+        model=facts.get("model"),
+        data=facts.get("data"),
+    )
+
+
+def _command(path: Path, given: dict[str, Any]) -> str:
+    words = ["lora-kit", "run", path.stem]
+    for name, value in given.items():
+        words += ["-p", name, str(value)]
+    return shlex.join(words)
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,190 @@
+"""The engines under `finetune`: transformers + peft + trl anywhere, Unsloth on a GPU.
+
+Both train on the same token ids and labels, which `prompts.encode` made, through trl's SFTTrainer;
+they differ in how the model is loaded and given its adapter.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_kit.errors import RunFailedError
+from lora_kit.hardware import PeakMemory, detect
+from lora_kit.models import ModelFiles, load_model, load_tokenizer, quiet_libraries
+from lora_kit.train.spec import TrainSpec, target_modules
+
+
+@dataclass
+class Trained:
+    """What an engine hands back: the model with its adapter, and what the run was like."""
+
+    model: object
+    losses: list[tuple[int, float]]
+    seconds: float
+    peak_memory: int
+    memory_before: int
+
+
+def load_for_training(files: ModelFiles, spec: TrainSpec, engine: str):
+    """The model with a fresh adapter, ready to train, and its tokenizer."""
+    return (_load_unsloth if engine == "unsloth" else _load_trl)(files, spec)
+
+
+def _load_trl(files: ModelFiles, spec: TrainSpec):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(spec.seed)  # the adapter's A is drawn here
+    loaded = load_model(str(files.path), spec.dtype, spec.quantization)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=target_modules(spec.targets),
+        task_type="CAUSAL_LM",
+    )
+    loaded.model.config.use_cache = False
+    return get_peft_model(loaded.model, config), loaded.tokenizer
+
+
+def _load_unsloth(files: ModelFiles, spec: TrainSpec):
+    from unsloth import FastLanguageModel  # isort: skip  (patches what is imported after it)
+
+    import torch
+
+    dtype = detect().dtype if spec.dtype == "auto" else spec.dtype
+    with quiet_libraries():
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=str(files.path),
+            max_seq_length=spec.max_length,
+            dtype=getattr(torch, dtype),
+            load_in_4bit=spec.quantization == "nf4",
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            lora_dropout=spec.dropout,
+            target_modules=target_modules(spec.targets),
+            bias="none",
+            use_gradient_checkpointing="unsloth" if spec.checkpointing else False,
+            random_state=spec.seed,
+        )
+    # Our own tokenizer: Unsloth's copy may have another pad token.
+    return model, load_tokenizer(files)
+
+
+def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int) -> Trained:
+    """Train a prepared model on encoded rows with trl's SFTTrainer.
+
+    Raises:
+        RunFailedError: the loss or an adapter weight became NaN or infinite.
+    """
+    import torch
+    from datasets import Dataset as HubDataset
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    hardware = detect()
+    dtype = hardware.dtype if spec.dtype == "auto" else spec.dtype
+    losses: list[tuple[int, float]] = []
+    started = time.perf_counter()
+
+    class Progress(TrainerCallback):
+        """Keeps every step's loss and prints a line ten times a run: no bar, so that a committed
+        notebook stays readable."""
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if not logs or "loss" not in logs:
+                return
+            losses.append((state.global_step, float(logs["loss"])))
+            every = max(1, state.max_steps // 10)
+            if state.global_step % every == 0 or state.global_step == state.max_steps:
+                passed = time.perf_counter() - started
+                print(
+                    f"step {state.global_step:>4} of {state.max_steps}  "
+                    f"loss {losses[-1][1]:.3f}  {passed:5.0f} s",
+                    flush=True,
+                )
+
+    class PlainLossTrainer(SFTTrainer):
+        """SFTTrainer 1.15 computes its loss in a Triton kernel, which needs a GPU; on a CPU the
+        model's own cross-entropy gives the same number."""
+
+        compute_loss = Trainer.compute_loss
+
+    trainer_class = SFTTrainer if hardware.device == "cuda" else PlainLossTrainer
+    with tempfile.TemporaryDirectory() as scratch, quiet_libraries():
+        config = SFTConfig(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=spec.batch_size,
+            gradient_accumulation_steps=spec.accumulation,
+            learning_rate=spec.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(spec.warmup * steps),
+            weight_decay=spec.weight_decay,
+            max_grad_norm=spec.max_grad_norm,
+            max_length=spec.max_length,
+            optim="adamw_torch" if hardware.device == "cpu" else "adamw_8bit",
+            fp16=dtype == "float16",
+            bf16=dtype == "bfloat16",
+            gradient_checkpointing=spec.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if spec.checkpointing else None,
+            seed=spec.seed,
+            data_seed=spec.seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            packing=False,
+            use_cpu=hardware.device == "cpu",
+            dataloader_pin_memory=hardware.device != "cpu",
+        )
+        trainer = trainer_class(
+            model=model,
+            args=config,
+            train_dataset=HubDataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Progress()],
+        )
+        # Without this the Trainer prints each log as a dictionary when its bar is off.
+        trainer.remove_callback(PrinterCallback)
+        # trl turns the adapter of a 4-bit model to bf16 even under fp16, and the loss scaler then
+        # cannot unscale its gradients. fp32 adapters train well under either.
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+        started = time.perf_counter()
+        with PeakMemory() as memory:
+            trainer.train()
+        seconds = time.perf_counter() - started
+    _check_finite(model, losses)
+    return Trained(model, losses, seconds, memory.peak, memory.before)
+
+
+def save_adapter(model, folder: Path) -> None:
+    """Write the adapter in peft's format."""
+    with quiet_libraries():
+        model.save_pretrained(folder)
+
+
+def _check_finite(model, losses: list[tuple[int, float]]) -> None:
+    import math
+
+    bad = [step for step, loss in losses if not math.isfinite(loss)]
+    if bad:
+        raise RunFailedError(
+            f"The loss became NaN or infinite at step {bad[0]}; nothing was saved. Lower the "
+            "learning rate, and on a T4 make sure the adapter is fp32."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise RunFailedError(
+                f"The adapter weight {name} holds NaN or infinity; nothing was saved. Lower the "
+                "learning rate."
+            )

@@ -1,0 +1,194 @@
+"""`finetune`: from a model's name and rows to an adapter on disk and the record of its making."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lora_kit
+from lora_kit import store
+from lora_kit.data import Dataset
+from lora_kit.errors import BadInputError, CorruptFileError
+from lora_kit.train.spec import TrainSpec, choose_engine
+
+RECORD = "training.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """An adapter in peft's format, and how it was made.
+
+    losses: (step, training loss) of every step. tokens: all that went through the model, padding
+    left out; trained_tokens: those with a label. Memory in bytes: `memory_before` held with the
+    model loaded, `peak_memory` the most during training. reused: taken from an earlier run.
+    """
+
+    adapter: Path
+    engine: str
+    why: str
+    losses: tuple[tuple[int, float], ...]
+    seconds: float
+    tokens: int
+    trained_tokens: int
+    trainable: int
+    total: int
+    memory_before: int
+    peak_memory: int
+    spec: TrainSpec
+    base: dict
+    data: dict
+    hardware: str
+    reused: bool = False
+    train: Dataset | None = None
+    test: Dataset | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the adapter's weights file."""
+        return (self.adapter / "adapter_model.safetensors").stat().st_size
+
+
+def finetune(
+    model: str,
+    rows: Dataset,
+    spec: TrainSpec,
+    output: Path | None = None,
+    engine: str = "auto",
+    reuse: bool = True,
+) -> TrainResult:
+    """Fine-tune a model with LoRA or QLoRA and save the adapter in peft's format.
+
+    Args:
+        model: a registry name or a local folder.
+        rows: rows of any shape `prompts.to_example` knows.
+        spec: hyperparameters.
+        output: the adapter's folder; by default one in the cache, named by everything that shapes
+            the result (model, rows, hyperparameters, engine, version of the kit).
+        engine: "auto", "trl" or "unsloth"; see `choose_engine`.
+        reuse: return a finished run of the same kind instead of repeating it.
+
+    Returns:
+        TrainResult; the adapter's folder appears only when training ended well.
+
+    Raises:
+        BadInputError: rows on which no token would be trained; and what loading raises.
+        RunFailedError: the loss or the adapter became NaN or infinite.
+    """
+    engine, why = choose_engine(engine)
+    from lora_kit.models import fetch_model
+
+    files = fetch_model(model)
+    identity = {
+        "model": [files.name, files.revision],
+        "data": rows.fingerprint,
+        "spec": spec.to_dict(),
+        "engine": engine,
+        "version": lora_kit.__version__,
+    }
+    if output is None:
+        key = store.sha256_json(identity)[:12]
+        output = store.home() / "adapters" / f"{files.name}-{rows.name}-{key}"
+    output = Path(output)
+    with store.lock(output):
+        if reuse and (output / RECORD).exists():
+            found = _read(output)
+            if found is not None and found[0] == identity:
+                return replace(found[1], reused=True)
+        store.sweep(output)
+        return _train(files, rows, spec, output, engine, why, identity)
+
+
+def _train(files, rows, spec, output, engine, why, identity) -> TrainResult:
+    from lora_kit.hardware import detect
+    from lora_kit.train import engines
+
+    model, tokenizer = engines.load_for_training(files, spec, engine)
+    encoded = encode_rows(rows, tokenizer, spec)
+    steps = spec.steps or math.ceil(len(encoded) / (spec.batch_size * spec.accumulation))
+    from lora_kit.fingerprint import fingerprint_model
+
+    base = {
+        "name": files.name,
+        "source": files.source,
+        "revision": files.revision,
+        "fingerprint": fingerprint_model(model).digest,
+    }
+    done = engines.train(model, tokenizer, encoded, spec, steps)
+    # Rows are drawn without replacement in every epoch, so a run of whole epochs sees each row
+    # equally often and a part of one its share on average.
+    passes = steps * spec.batch_size * spec.accumulation / len(encoded)
+    counts = {
+        "tokens": round(passes * sum(len(r["input_ids"]) for r in encoded)),
+        "trained_tokens": round(passes * sum(x != -100 for r in encoded for x in r["labels"])),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total": _count_all(model),
+    }
+    facts = {
+        "engine": engine,
+        "why": why,
+        "losses": done.losses,
+        "seconds": done.seconds,
+        **counts,
+        "memory_before": done.memory_before,
+        "peak_memory": done.peak_memory,
+        "base": base,
+        "data": rows.record(),
+        "hardware": detect().name,
+    }
+    with store.new_folder(output) as part:
+        engines.save_adapter(model, part)
+        store.write_json(part / RECORD, {"identity": identity, **facts})
+    return _result(output, spec, facts)
+
+
+def encode_rows(rows: Dataset, tokenizer, spec: TrainSpec) -> list[dict]:
+    """Token ids and labels of every row that has something to learn.
+
+    Raises:
+        BadInputError: none has.
+    """
+    from lora_kit.prompts import encode, to_example
+
+    encoded = [
+        encode(tokenizer, to_example(row, spec.style, tokenizer), spec.max_length) for row in rows
+    ]
+    kept = [e for e in encoded if any(x != -100 for x in e["labels"])]
+    if not kept:
+        raise BadInputError(
+            f"No row of {rows.name} has a token to train on within max_length={spec.max_length}; "
+            "raise max_length, or look at the rows' completions."
+        )
+    if len(kept) < len(encoded):
+        print(f"{len(encoded) - len(kept)} of {len(encoded)} rows left out: the prompt alone "
+              f"fills max_length={spec.max_length}.")
+    return kept
+
+
+def _count_all(model) -> int:
+    """Parameters of the whole model; a 4-bit weight stores two in a byte."""
+    total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None) is not None
+        total += parameter.numel() * (2 if packed else 1)
+    return total
+
+
+def _read(folder: Path) -> tuple[dict, TrainResult] | None:
+    """The record of a finished run, or None where the folder holds something else."""
+    try:
+        facts = store.read_json(folder / RECORD)
+        identity = facts.pop("identity")
+        spec = TrainSpec(**identity["spec"])
+        return identity, _result(folder, spec, facts)
+    except (CorruptFileError, KeyError, TypeError):
+        return None
+
+
+def _result(folder: Path, spec: TrainSpec, facts: dict) -> TrainResult:
+    losses = tuple((int(step), float(loss)) for step, loss in facts["losses"])
+    return TrainResult(adapter=folder, spec=spec, **{**facts, "losses": losses})

@@ -1,0 +1,95 @@
+"""Named recipes: hyperparameters with their source, each gap in a source filled openly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lora_kit.errors import unknown_name
+from lora_kit.train.finetune import TrainResult, finetune
+from lora_kit.train.spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A TrainSpec and where its values come from. For a generated skill also its rows:
+    `digits`, and `train` and `test` rows for each number of digits."""
+
+    spec: TrainSpec
+    source: str
+    skill: str | None = None
+    digits: tuple[int, ...] = ()
+    train: int = 0
+    test: int = 0
+
+
+RECIPES: dict[str, Recipe] = {
+    "addition": Recipe(
+        TrainSpec(steps=80, learning_rate=1e-3),
+        "Ours: what lifts 1- and 2-digit sums within two minutes of two CPU cores.",
+        skill="addition",
+        digits=(1, 2),
+        train=2000,
+        test=50,
+    ),
+    "reversal": Recipe(
+        TrainSpec(steps=30, batch_size=16, learning_rate=1e-3),
+        "Ours: a second skill, small enough to train beside the first.",
+        skill="reversal",
+        digits=(3, 4),
+        train=800,
+        test=50,
+    ),
+    "alpaca": Recipe(
+        TrainSpec(
+            rank=16,
+            alpha=16,
+            learning_rate=2e-4,
+            steps=0,
+            batch_size=8,
+            accumulation=1,
+            max_length=512,
+            style="alpaca",
+            quantization="nf4",
+            checkpointing=True,
+        ),
+        "Rank 16 on all linear layers and 4-bit NF4 as in QLoRA (Dettmers et al. 2023, section 4); "
+        "rate 2e-4 is QLoRA's for 7B (its Table 9); batch and length are ours, for a T4.",
+    ),
+}
+
+
+def recipe(name: str, **changes) -> TrainSpec:
+    """The TrainSpec of a named recipe with some values changed (`steps=20`).
+
+    Raises:
+        UnknownNameError: no such recipe; BadInputError: a changed value is out of range.
+    """
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    return replace(RECIPES[name].spec, **changes)
+
+
+def skill_adapter(
+    name: str, model: str, steps: int | None = None, seed: int = 0, engine: str = "auto"
+) -> TrainResult:
+    """The adapter of a generated skill, trained at the first call and reused afterwards.
+
+    Args:
+        name: a recipe with a skill ("addition", "reversal").
+        model: a registry name or a local folder.
+        steps: optimiser steps; the recipe's by default.
+        seed: of the rows, the adapter's start and the order of training.
+
+    Returns:
+        TrainResult with `train` and `test`, the disjoint rows.
+    """
+    from lora_kit.skills import train_and_test
+
+    skills = [k for k, r in RECIPES.items() if r.skill]
+    if name not in skills:
+        raise unknown_name("skill recipe", name, skills)
+    made = RECIPES[name]
+    train, test = train_and_test(made.skill, made.digits, made.train, made.test, seed)
+    spec = recipe(name, seed=seed, **({} if steps is None else {"steps": steps}))
+    result = finetune(model, train, spec, engine=engine)
+    return replace(result, train=train, test=test)

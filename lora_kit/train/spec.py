@@ -1,0 +1,104 @@
+"""What to train: the hyperparameters of a run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, dataclass
+
+from lora_kit.errors import BadInputError, unknown_name
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PLACEMENTS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
+ENGINES = ("auto", "trl", "unsloth")
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Hyperparameters of one fine-tuning run, in the field's own names.
+
+    rank, alpha, dropout: LoRA's; ΔW = (alpha/rank)·B·A. targets: "attention", "mlp" or "all".
+    learning_rate: the peak, reached after `warmup` (a fraction of the steps), then a cosine to 0.
+    steps: optimiser steps; 0 means one pass over the rows. batch_size × accumulation rows a step.
+    max_length: tokens; longer rows are cut. style: how rows become prompts (`prompts.FORMATS`).
+    quantization: "none", or "nf4" for QLoRA. dtype: see `models.load_model`.
+
+    Raises:
+        BadInputError: a value out of range, named.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "all"
+    learning_rate: float = 1e-3
+    steps: int = 80
+    batch_size: int = 32
+    accumulation: int = 1
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 256
+    style: str = "bare"
+    quantization: str = "none"
+    dtype: str = "auto"
+    checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from lora_kit.prompts import FORMATS
+
+        target_modules(self.targets)
+        for name in ("rank", "batch_size", "accumulation", "max_length"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("alpha", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise BadInputError(f"{name} must be above 0, not {getattr(self, name)}.")
+        for name in ("dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInputError(f"{name} must be in [0, 1), not {getattr(self, name)}.")
+        if self.steps < 0:
+            raise BadInputError(f"steps must be 0 (one epoch) or more, not {self.steps}.")
+        if self.style not in FORMATS:
+            raise BadInputError(f"style must be one of {', '.join(FORMATS)}, not {self.style!r}.")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def target_modules(targets: str) -> list[str]:
+    """The linear layers of a placement, by the names Llama-like models give them.
+
+    Raises:
+        UnknownNameError: neither "attention", "mlp" nor "all".
+    """
+    if targets not in PLACEMENTS:
+        raise unknown_name("placement", targets, PLACEMENTS)
+    return list(PLACEMENTS[targets])
+
+
+def choose_engine(engine: str = "auto") -> tuple[str, str]:
+    """The engine that will run here, and why. Call it before anything imports transformers:
+    Unsloth patches the libraries when it is imported, so it must come first.
+
+    Args:
+        engine: "auto", or the one wanted; what cannot run here falls back to trl and says so.
+
+    Raises:
+        UnknownNameError: no such engine.
+    """
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    if engine == "trl":
+        return "trl", "trl was asked for."
+    import torch
+
+    asked = "Unsloth was asked for, but " if engine == "unsloth" else ""
+    if not torch.cuda.is_available():
+        return "trl", f"{asked or ''}this machine has no GPU, which Unsloth needs: trl it is."
+    if importlib.util.find_spec("unsloth") is None:
+        return "trl", f"{asked}Unsloth is not installed (requirements-gpu.txt): trl it is."
+    import unsloth  # noqa: F401
+
+    return "unsloth", "A GPU and Unsloth are here."
