@@ -53,12 +53,15 @@ class AdapterFiles:
 
     tensors: {layer path: {"lora_A" | "lora_B" | "lora_magnitude": tensor}}.
     fingerprint: of the base it was trained on, or None where the file carries none.
+    copies: {layer path: weight} of base layers that peft saved along (it does so for an output head
+        that carries an adapter).
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, dict[str, torch.Tensor]] = field(repr=False)
     fingerprint: ModelFingerprint | None
+    copies: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
 
 # ---------------------------------------------------------------------- writing
@@ -178,7 +181,13 @@ def read_adapter(folder: str | Path, name: str | None = None) -> AdapterFiles:
             fingerprint = ModelFingerprint.from_dict(json.loads(header[STAMP]))
         except (ValueError, KeyError, TypeError):
             raise CorruptFileError(f"The fingerprint in {weights} cannot be read.") from None
-    return AdapterFiles(folder, config, _by_layer(raw, weights), fingerprint)
+    ending = ".base_layer.weight"
+    copies = {
+        key.removesuffix(ending).removeprefix(PREFIX): raw.pop(key)
+        for key in list(raw)
+        if key.endswith(ending)
+    }
+    return AdapterFiles(folder, config, _by_layer(raw, weights), fingerprint, copies)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -256,6 +265,8 @@ def load_lora(
     layers = linear_layers(model)
     for path, parts in files.tensors.items():
         _check_fit(files, path, parts, layers.get(path), spec)
+    for path, weight in files.copies.items():
+        _check_copy(files, path, weight, layers.get(path), spec)
     before = active_adapter(model)
     plain = LoraSpec(spec.rank, spec.alpha, spec.targets, spec.dropout, "kaiming", spec.rslora)
     generator = torch.Generator().manual_seed(0)  # overwritten at once: spare the global one
@@ -329,6 +340,21 @@ def _check_fit(files, path, parts, module, spec) -> None:
         raise BadInputError(
             f"The adapter in {files.folder} is PiSSA over a dense base, and {path} is 4-bit here."
         )
+
+
+def _check_copy(files, path, saved, module, spec) -> None:
+    """A base weight saved along must be this model's own (for PiSSA: what is left of it)."""
+    here = None if module is None else true_weight(module).to(torch.float32).cpu()
+    if here is not None and here.shape == saved.shape:
+        if spec.init == "pissa":
+            a, b = pissa_factors(here, spec)
+            here = here - spec.scale * b @ a
+        if (here - saved.to(torch.float32)).norm() <= 4e-3 * here.norm():
+            return
+    raise BadInputError(
+        f"The adapter in {files.folder} brings its own weight for {path}, and it is not this "
+        "model's: the adapter belongs to another base, or that layer was trained as a whole."
+    )
 
 
 def _fill(layer: LoRALinear, name: str, spec: LoraSpec, parts: dict[str, torch.Tensor]) -> None:

@@ -253,6 +253,11 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         name = self.active
         if name is None or self.merged is not None or not self.enabled:
+            if self.merged is not None and self.training:
+                raise BadInputError(
+                    f"Adapter {self.merged!r} is merged, so training would not reach it: "
+                    "call unmerge_lora(model) first."
+                )
             return self.base_layer(x)
         spec = self.specs[name]
         a, b = self._modules["lora_A"]._parameters[name], self._modules["lora_B"]._parameters[name]

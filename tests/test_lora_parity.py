@@ -4,20 +4,13 @@ import itertools
 
 import pytest
 import torch
+from lora_fixtures import PLACEMENTS, close, ids, peft_layers, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kit.linear4bit import NF4Linear
 from lora_kit.lora import LoraSpec, add_lora, count_parameters, lora_layers, merge_lora
 
-PLACEMENTS = {
-    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
-    "q_proj": ["q_proj"],
-    "lm_head": ["lm_head"],
-}
 VARIANTS = {
     "plain": ({}, {}),
     "rslora": ({"rslora": True}, {"use_rslora": True}),
@@ -26,17 +19,6 @@ VARIANTS = {
     "pissa": ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
     "dora-rslora": ({"dora": True, "rslora": True}, {"use_dora": True, "use_rslora": True}),
 }
-
-
-def tiny_llama(seed=0, bias=False, **options) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=64)
-    settings |= dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=bias)
-    return LlamaForCausalLM(LlamaConfig(**settings | options)).eval()
-
-
-def ids(rows=3, columns=11, seed=1) -> torch.Tensor:
-    return torch.randint(64, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
 def pair(placement, variant, seed=0, dropout=0.0, **model_options):
@@ -50,14 +32,6 @@ def pair(placement, variant, seed=0, dropout=0.0, **model_options):
     add_lora(mine, LoraSpec(4, 6, placement, dropout=dropout, **ours), seed=0)
     perturb_and_copy(mine, other)
     return mine, other
-
-
-def peft_layers(model):
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A") and "default" in module.lora_A
-    }
 
 
 def perturb_and_copy(mine, other, name="default"):
@@ -82,14 +56,6 @@ def perturb_and_copy(mine, other, name="default"):
             if layer.specs[name].dora:
                 layer.lora_magnitude[name].mul_(1.1)
                 target.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude[name])
-
-
-def close(a, b, tolerance=1e-6):
-    """Relative to the size of what is compared, as fp32 rounding is."""
-    assert a.shape == b.shape
-    scale = max(1.0, float(b.detach().abs().max()))
-    worst = float((a - b).detach().abs().max())
-    assert worst <= tolerance * scale
 
 
 def compare_gradients(mine, other, tolerance=1e-6):
@@ -248,4 +214,4 @@ def test_gradients_against_finite_differences():
         for p in parameters:
             p.data.normal_()
         x = torch.randn(3, 6, dtype=torch.double, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda *_: model(x), (x, *parameters))
+        assert torch.autograd.gradcheck(lambda *_, m=model, x=x: m(x), (x, *parameters))
