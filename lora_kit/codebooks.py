@@ -105,7 +105,10 @@ def dynamic_tree(signed: bool = True, exponent_bits: int = 7) -> torch.Tensor:
 
 
 def linear_8bit() -> torch.Tensor:
-    """k/127 for k = -127 … 127, ascending, float32, zero twice so that there are 256 entries."""
+    """k/127 for k = -127 … 127, ascending, float32, with one more zero to make 256 entries.
+
+    Of the two zeros the second is 5e-9, as torch.linspace computes it; bitsandbytes' table has it.
+    """
     steps = torch.linspace(-1.0, 1.0, 255)
     return torch.cat([steps[:127], torch.zeros(1), steps[127:]])
 

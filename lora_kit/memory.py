@@ -26,8 +26,8 @@ float32, else 2):
 
 Full fine-tuning (rank 0) keeps every weight trainable: c bytes of weight, c of gradient, 4 of a
 master copy where c is 2, and the optimiser's: 16 bytes a parameter with AdamW at either precision
-(ZeRO, Rajbhandari et al. 2020, section 3.1). Attention is taken to be fused (torch's scaled dot product):
-no S × S matrix is kept.
+(ZeRO, Rajbhandari et al. 2020, section 3.1). Attention is taken to be fused (torch's scaled dot
+product): no S × S matrix is kept.
 """
 
 from __future__ import annotations

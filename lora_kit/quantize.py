@@ -199,7 +199,6 @@ def quantize(
         flat = weight.detach().reshape(-1)
         run = _quantize_4bit if BITS[format] == 4 else _quantize_8bit
         codes, absmax = run(flat, format, block_size)
-        _check_finite(absmax, block_size)
         scales = offset = None
         if double_quant:
             offset = absmax.mean()
@@ -258,11 +257,11 @@ def _check_weight(weight: torch.Tensor, block_size: int) -> None:
         )
 
 
-def _check_finite(absmax: torch.Tensor, block_size: int) -> None:
+def _check_finite(absmax: torch.Tensor, block_size: int, start: int) -> None:
     # A block's maximum is NaN or infinite exactly if one of its values is: no second pass needed.
     bad = ~torch.isfinite(absmax)
     if bad.any():
-        first = int(bad.nonzero()[0])
+        first = start // block_size + int(bad.nonzero()[0])
         raise BadInputError(
             f"The weight has NaN or infinite values, the first in block {first} (values "
             f"{first * block_size} to {(first + 1) * block_size - 1}): mend them before quantising."
@@ -287,6 +286,7 @@ def _quantize_4bit(flat: torch.Tensor, format: str, block_size: int):
         blocks = flat[start:stop].view(-1, block_size).float()
         scale = absmax[start // block_size : stop // block_size]
         torch.amax(blocks.abs(), dim=1, out=scale)
+        _check_finite(scale, block_size, start)
         reciprocal = (1.0 / scale.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)
         rank = _count_below((blocks * reciprocal).view(-1), levels)
         _pack_into(codes[start // 2 : stop // 2], rank if ascending else order[rank.int()])
@@ -295,6 +295,7 @@ def _quantize_4bit(flat: torch.Tensor, format: str, block_size: int):
         rest = flat[whole:].float()
         scale = rest.abs().max().clamp(min=SMALLEST_ABSMAX)
         absmax[-1] = scale
+        _check_finite(absmax[-1:], block_size, whole)
         scaled = torch.cat([rest / scale, rest.new_zeros(n % 2)])
         rank = _count_below(scaled, levels)
         _pack_into(codes[whole // 2 :], rank if ascending else order[rank.int()])
@@ -371,6 +372,7 @@ def _quantize_8bit(flat: torch.Tensor, format: str, block_size: int):
         blocks = part.view(-1, block_size)
         scale = absmax[start // block_size : start // block_size + blocks.shape[0]]
         torch.amax(blocks.abs(), dim=1, out=scale)
+        _check_finite(scale, block_size, start)
         reciprocal = (1.0 / scale.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)
         place = (blocks * reciprocal).clamp_(-1, 1).add_(1.0).mul_(0.5).mul_(GRID).add_(0.5)
         # A block of zeros has code 0 throughout (a level of -1 or so, times an absmax of 0).
