@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ class Dataset:
     the rows as JSON, so that two runs on the same rows can be told from two on others."""
 
     name: str
-    split: str
+    split_name: str
     rows: tuple[dict, ...]
     source: str
     revision: str
@@ -123,13 +124,40 @@ class Dataset:
 
     def take(self, n: int) -> Dataset:
         """The first n rows (all of them where there are fewer)."""
-        return Dataset(self.name, self.split, self.rows[:n], self.source, self.revision)
+        return Dataset(self.name, self.split_name, self.rows[:n], self.source, self.revision)
+
+    def split(self, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
+        """Two disjoint parts in seeded random order: the rest, and `held_out` rows.
+
+        Rows that stand in the set more than once go to one side together.
+
+        Raises:
+            BadInputError: held_out < 1, or it leaves nothing.
+        """
+        groups: dict[str, list[dict]] = {}
+        for row in self.rows:
+            groups.setdefault(json.dumps(row, sort_keys=True), []).append(row)
+        keys = list(groups)
+        random.Random(seed).shuffle(keys)
+        test: list[dict] = []
+        train: list[dict] = []
+        for key in keys:
+            side = test if len(test) + len(groups[key]) <= held_out else train
+            side.extend(groups[key])
+        if held_out < 1 or not train:
+            raise BadInputError(
+                f"{held_out} held-out rows of {len(self)} leave nothing to train on or to test on."
+            )
+        return (
+            Dataset(self.name, f"{self.split_name}-rest", tuple(train), self.source, self.revision),
+            Dataset(self.name, f"{self.split_name}-held", tuple(test), self.source, self.revision),
+        )
 
     def record(self) -> dict:
         """The `data` part of a result record."""
         return {
             "name": self.name,
-            "split": self.split,
+            "split": self.split_name,
             "rows": len(self),
             "source": self.source,
             "revision": self.revision,

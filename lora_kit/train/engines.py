@@ -11,10 +11,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kit.architectures import check_targets
 from lora_kit.errors import RunFailedError
 from lora_kit.hardware import PeakMemory, detect
 from lora_kit.models import ModelFiles, load_model, load_tokenizer, quiet_libraries
-from lora_kit.train.spec import TrainSpec, target_modules
+from lora_kit.train.spec import TrainSpec
 
 
 @dataclass
@@ -43,7 +44,7 @@ def _load_trl(files: ModelFiles, spec: TrainSpec):
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
-        target_modules=target_modules(spec.targets),
+        target_modules=list(check_targets(spec.targets)),
         task_type="CAUSAL_LM",
     )
     loaded.model.config.use_cache = False
@@ -68,7 +69,7 @@ def _load_unsloth(files: ModelFiles, spec: TrainSpec):
             r=spec.rank,
             lora_alpha=spec.alpha,
             lora_dropout=spec.dropout,
-            target_modules=target_modules(spec.targets),
+            target_modules=list(check_targets(spec.targets)),
             bias="none",
             use_gradient_checkpointing="unsloth" if spec.checkpointing else False,
             random_state=spec.seed,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import asdict, dataclass
 
+from lora_kit.architectures import check_targets
 from lora_kit.errors import BadInputError, unknown_name
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-PLACEMENTS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
 ENGINES = ("auto", "trl", "unsloth")
 
 
@@ -17,7 +15,7 @@ ENGINES = ("auto", "trl", "unsloth")
 class TrainSpec:
     """Hyperparameters of one fine-tuning run, in the field's own names.
 
-    rank, alpha, dropout: LoRA's; ΔW = (alpha/rank)·B·A. targets: "attention", "mlp" or "all".
+    rank, alpha, dropout: LoRA's; ΔW = (alpha/rank)·B·A. targets: "attention", "mlp", "all", or names joined by commas.
     learning_rate: the peak, reached after `warmup` (a fraction of the steps), then a cosine to 0.
     steps: optimiser steps; 0 means one pass over the rows. batch_size × accumulation rows a step.
     max_length: tokens; longer rows are cut. style: how rows become prompts (`prompts.FORMATS`).
@@ -48,7 +46,7 @@ class TrainSpec:
     def __post_init__(self) -> None:
         from lora_kit.prompts import FORMATS
 
-        target_modules(self.targets)
+        check_targets(self.targets)
         for name in ("rank", "batch_size", "accumulation", "max_length"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -65,17 +63,6 @@ class TrainSpec:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def target_modules(targets: str) -> list[str]:
-    """The linear layers of a placement, by the names Llama-like models give them.
-
-    Raises:
-        UnknownNameError: neither "attention", "mlp" nor "all".
-    """
-    if targets not in PLACEMENTS:
-        raise unknown_name("placement", targets, PLACEMENTS)
-    return list(PLACEMENTS[targets])
 
 
 def choose_engine(engine: str = "auto") -> tuple[str, str]:

@@ -1,0 +1,45 @@
+# `make` or `make help` lists the commands. Everything happens in .venv and runs/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two unit tests at a time, one thread each, is faster on two cores than one test with two threads.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lab notebooks lint clean
+
+help:  ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp is newer than what it was made from, or the environment is brought up to date.
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("lora_kit needs Python 3.10 or newer; set PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	@touch $@
+
+install: $(VENV)/.installed  ## Create .venv with the pinned packages
+
+demo: install  ## Run notebooks 00-05 on this machine and write runs/demo/index.html
+	$(BIN)/lora-kit demo -o runs/demo
+
+test: install  ## Run everything: unit tests, every notebook with small parameters, style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/lora-kit fetch smollm2-135m-instruct
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+	LORA_KIT_PARAMS=smoke LORA_KIT_FIGURES=$(CURDIR)/runs/nbmake/figures OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n $(WORKERS) notebooks
+
+lab: install  ## Open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+notebooks: install  ## Execute the notebooks as committed (default parameters, in place)
+	for n in $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb)); do \
+	  $(BIN)/lora-kit run $$n --in-place || exit 1; done
+
+lint:  ## Mend what ruff can mend
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:  ## Remove .venv, runs and caches (the model cache in LORA_KIT_HOME stays)
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
