@@ -93,7 +93,7 @@ def draw_skill(
 def train_and_test(
     name: str, digits: int | Iterable[int], train: int, test: int, seed: int
 ) -> tuple[Dataset, Dataset]:
-    """Disjoint training rows (shuffled) and test rows (by length) of a skill.
+    """Disjoint training and test rows of a skill, both shuffled.
 
     The test rows, `test` for each k, are drawn first; the training rows are drawn from what is
     left: `train` for each k, or all that is left where a length has fewer (1-digit sums: 100).
@@ -112,10 +112,12 @@ def train_and_test(
                 f"{test:,} test rows take all {k}-digit rows of {name}; ask for fewer."
             )
         rows += draw_skill(name, k, min(train, left), seed, exclude=prompts).rows
+    asked = list(held_out)
     random.Random(seed).shuffle(rows)
+    random.Random(seed).shuffle(asked)  # so that the first n test rows are a fair sample
     return (
         Dataset(name, "train", tuple(rows), "generated", f"seed {seed}"),
-        Dataset(name, "test", held_out.rows, "generated", f"seed {seed}"),
+        Dataset(name, "test", tuple(asked), "generated", f"seed {seed}"),
     )
 
 
