@@ -2,18 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two unit tests at a time, one thread each, is faster on two cores than one test with two threads.
+# Two tests at a time, one thread each, is faster on two cores than one test with two threads.
 WORKERS ?= 2
+QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab notebooks lint clean
+.PHONY: help install demo test unit papermill nbmake model lab notebooks lint clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp is newer than what it was made from, or the environment is brought up to date.
 $(VENV)/.installed: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("lora_kit needs Python 3.10 or newer; set PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("lora_kit needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	@touch $@
@@ -23,12 +24,21 @@ install: $(VENV)/.installed  ## Create .venv with the pinned packages
 demo: install  ## Run notebooks 00-05 on this machine and write runs/demo/index.html
 	$(BIN)/lora-kit demo -o runs/demo
 
-test: install  ## Run everything: unit tests, every notebook with small parameters, style
+test: unit papermill nbmake  ## Run everything: the three below, in this order
+
+unit: install model  ## Run style checks and unit tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/lora-kit fetch smollm2-135m-instruct
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
-	LORA_KIT_PARAMS=smoke LORA_KIT_FIGURES=$(CURDIR)/runs/nbmake/figures OMP_NUM_THREADS=1 \
+	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not notebook" tests
+
+papermill: install model  ## Run every notebook with small parameters through lora-kit run
+	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) -m notebook tests
+
+nbmake: install model  ## Run every notebook and every solution with small parameters under nbmake
+	LORA_KIT_PARAMS=smoke LORA_KIT_FIGURES=$(CURDIR)/runs/nbmake/figures $(QUIET) \
 	  $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n $(WORKERS) notebooks
+
+model: install  ## Bring the default model into the cache
+	$(BIN)/lora-kit fetch smollm2-135m-instruct
 
 lab: install  ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
