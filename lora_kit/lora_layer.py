@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +61,10 @@ class LoraSpec:
         if self.dora and self.init == "pissa":
             raise BadInputError("dora and init='pissa' cannot be combined: choose one.")
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """s in y = W x + s · B A x."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def with_rank(self, rank: int, alpha: float) -> LoraSpec:
-        return replace(self, rank=rank, alpha=alpha)
 
 
 class _FusedLora(torch.autograd.Function):
@@ -268,10 +266,20 @@ class LoRALinear(nn.Module):
         if spec.dora or x.dtype != a.dtype:
             return self._plain_forward(x, a, b, spec, name, dropping)
         base = self._modules["base_layer"]
+        simple = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
+        if simple and not torch.is_grad_enabled() and spec.init != "pissa" and not dropping:
+            # A generated token is a few microseconds of arithmetic a layer: every call counts.
+            weights = base._parameters
+            out = F.linear(x, weights["weight"], weights["bias"])
+            if out.dtype == a.dtype:
+                inner = x.reshape(-1, x.shape[-1]).mm(a.t())
+                out.view(-1, out.shape[-1]).addmm_(inner, b.t(), alpha=spec.scale)
+                return out
+            return add_low_rank(out, x, a, b, spec.scale)
         if spec.init == "pissa" and not dropping:  # one detour of rank 2r: s · [B, −B₀] [A; A₀] x
             start_a, start_b = (start.to(x.dtype) for start in self.start(name))
             a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
-        if not dropping and self._can_fuse(base, x):
+        if simple and not dropping and self._can_fuse(base, x):
             return _FusedLora.apply(x, base.weight, base.bias, a, b, spec.scale)
         out = base(x)
         if base._forward_hooks:  # a hook may have kept the base's output: do not write into it
@@ -285,16 +293,13 @@ class LoRALinear(nn.Module):
 
     @staticmethod
     def _can_fuse(base: nn.Module, x: torch.Tensor) -> bool:
-        """Frozen plain nn.Linear in the input's dtype, with no hooks that a by-pass would skip."""
+        """A frozen layer in the input's dtype, with no hook that a by-pass would skip."""
         return (
             torch.is_grad_enabled()
-            and type(base) is nn.Linear
             and base.weight.dtype == x.dtype
             and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not base._backward_hooks
+            and not (base._backward_hooks or base._backward_pre_hooks)
         )
 
     def _plain_forward(self, x, a, b, spec, name, dropping) -> torch.Tensor:
