@@ -205,6 +205,30 @@ def test_chat_template_changes_the_prompt_and_is_named(model):
     assert found.items[0].prompt.endswith("<assistant>")
 
 
+def test_results_are_those_of_simple_evaluate(folder, model, tokenizer):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    names = ["hellaswag", "gsm8k"]
+    ours = evaluate(model, tokenizer, names, limit=3, seed=5)
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+        tasks=[plan.task for plan in plan_tasks(names, limit=3)],
+        task_manager=packaged_index(),
+        limit=3,
+        fewshot_random_seed=5,
+    )
+    for name in names:
+        assert ours[name].num_fewshot == theirs["n-shot"][name]
+        assert ours[name].version == str(theirs["versions"][name])
+        for metric, found in ours[name].metrics.items():
+            kind, kept = metric.split(",")
+            assert found.value == theirs["results"][name][metric]
+            assert found.stderr == pytest.approx(theirs["results"][name][f"{kind}_stderr,{kept}"])
+        logged = [s["arguments"][0][0] for s in theirs["samples"][name]][:3]
+        assert [item.prompt for item in ours[name].items] == logged
+
+
 # The same questions as the packaged definitions ask
 
 

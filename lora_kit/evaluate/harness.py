@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from lora_kit.data import Dataset
@@ -72,7 +73,7 @@ def evaluate(
     return EvalResult(
         tasks=scores,
         model=name or _model_name(model, adapter),
-        harness=found["lm_eval_version"],
+        harness=version("lm_eval"),
         seed=seed,
         seconds=time.perf_counter() - start,
         truncated=sum("Truncating" in message for message in heard),
@@ -80,26 +81,35 @@ def evaluate(
 
 
 def _run(
-    model, tokenizer, plans, limit, num_fewshot, batch_size, seed, chat_template
+    model, tokenizer, plans: list[TaskPlan], limit, num_fewshot, batch_size, seed, chat_template
 ) -> dict[str, Any]:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    """What `lm_eval.simple_evaluate` does, without its look at the machine.
 
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    return lm_eval.simple_evaluate(
-        model=harness,
-        tasks=[plan.task for plan in plans],
-        task_manager=TaskManager(include_defaults=False),
+    simple_evaluate also runs git, which complains outside a repository, and gathers a report on the
+    environment at each call; a test holds the two to the same results.
+    """
+    import lm_eval
+    import numpy as np
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tasks = {plan.task.task_name: plan.task for plan in plans}
+    for task in tasks.values():
+        if num_fewshot is not None:
+            task.set_config("num_fewshot", num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed)
+    return lm_eval.evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        {"tasks": tasks, "groups": {}, "group_map": {}},
         limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
         apply_chat_template=chat_template,
+        fewshot_as_multiturn=True,  # simple_evaluate's default, not evaluate's
         log_samples=True,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
     )
 
 
@@ -200,6 +210,8 @@ def _check(model, tokenizer, limit, num_fewshot, batch_size, chat_template, adap
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[list[str]]:
     """Keep lm-eval's notices and progress bars out of sight; yield its warnings as a list."""
+    from datasets.utils import logging as bars
+
     from lora_kit.models import quiet_libraries
 
     heard: list[str] = []
@@ -212,13 +224,17 @@ def _quiet_lm_eval() -> Iterator[list[str]]:
     before = logger.level, logger.propagate, list(logger.handlers)
     logger.setLevel(logging.WARNING)
     logger.propagate, logger.handlers = False, [listener]
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
-        # lm-eval's progress bars have no switch that reaches all of them; they go to stderr.
+        # lm-eval's own progress bars have no switch that reaches all of them; they go to stderr.
         with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
             yield heard
     finally:
         logger.setLevel(before[0])
         logger.propagate, logger.handlers = before[1], before[2]
+        if shown:
+            bars.enable_progress_bar()
 
 
 @contextlib.contextmanager

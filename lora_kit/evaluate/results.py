@@ -238,7 +238,7 @@ def _check_same_questions(a: TaskScore, b: TaskScore) -> None:
 def _same(what: str, a, b) -> None:
     if a != b:
         raise BadInputError(
-            f"These results cannot be paired: the {what} differ(s), {a} against {b}. "
+            f"These results cannot be paired: {what}, {a} against {b}. "
             "Evaluate both in the same way."
         )
 
