@@ -20,8 +20,9 @@ float32, else 2):
                  with checkpointing h·c for each layer instead
     logits       12 · T · V: at 16 bits the logits and their gradient at 2 bytes, log-softmax and
                  its gradient at 4; at 32 bits logits, log-softmax and gradient at 4
-    working      what the peak holds beyond that: the largest weight dequantised, and with
-                 checkpointing one layer's activations, where that exceeds the logits
+    working      what the peak holds beyond that: the matrix library's workspace; the largest
+                 weight dequantised, and with checkpointing one layer's activations, where these
+                 exceed the logits
     CUDA context the driver's own, which torch's counters do not show
 
 Full fine-tuning (rank 0) keeps every weight trainable: c bytes of weight, c of gradient, 4 of a
@@ -75,6 +76,8 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZATIONS = ("none", "nf4", "nf4-double", "int8")
 OPTIMIZERS = ("adamw", "adamw-8bit", "sgd")
 CUDA_CONTEXT = int(0.45 * GIB)
+# What torch gives cuBLAS and cuBLASLt to work in: 32 MiB each on Hopper, about 8 MiB before.
+WORKSPACE, WORKSPACE_HOPPER, HOPPER = 16 * 2**20, 64 * 2**20, ("h100", "h200")
 BLOCK, ABSMAX_BLOCK, STATE_BLOCK = 64, 256, 256
 
 
@@ -189,7 +192,7 @@ def plan_memory(
             "or a rank of 1 or more for adapters beside them."
         )
     gpu_bytes = int(GPUS[card] * GIB)
-    chosen = (architecture, rank, names, seq, dtype, kind, optimizer, bool(checkpointing))
+    chosen = (architecture, rank, names, seq, dtype, kind, optimizer, bool(checkpointing), card)
     most = _largest_batch(chosen, gpu_bytes)
     settings = {
         "rank": rank,
@@ -268,7 +271,7 @@ def _layer_activations(shape: Architecture, rank: int, tokens: int, c: int) -> i
     return tokens * (8 * h + c * (2 * h + 2 * q + 2 * kv + 4 * f + 6 * rank))
 
 
-def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, batch):
+def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, card, batch):
     c, tokens = _bytes_of(dtype), batch * seq
     weights, constants = weight_bytes(shape, kind, dtype)
     full = rank == 0
@@ -281,6 +284,7 @@ def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, batc
     logits = 12 * tokens * shape.vocab_size
     largest = max(o * i for o, i in shape.linear_shapes().values()) * c
     scratch = again + (largest if kind != "none" else 0)
+    workspace = WORKSPACE_HOPPER if card in HOPPER else WORKSPACE
     rows = {"weights": weights, "quantisation constants": constants}
     if full:
         rows["master weights"] = 4 * trained if c == 2 else 0
@@ -291,7 +295,7 @@ def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, batc
         "optimiser states": _optimizer_bytes(optimizer, trained),
         "activations": kept,
         "logits and loss": logits,
-        "working": max(0, scratch - logits),
+        "working": workspace + max(0, scratch - logits),
         "CUDA context": CUDA_CONTEXT,
     }
     return rows

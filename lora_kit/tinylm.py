@@ -1,11 +1,13 @@
-"""A language model small enough to ship: addition, in full precision, trained from scratch.
+"""Language models small enough to ship: addition, in full precision, trained from scratch.
 
 The default model's linear weights are already 4-bit, so what a 4-bit format does to a *language
-model's answers* cannot be seen on it. This one has real float32 weights: a Llama of four layers and
-0.44 million parameters that reads `12+34=` and writes the sum, units first (`64` for 46, so that a
-digit needs only what was read before), then a full stop.
+model's answers* cannot be seen on it. These have real float32 weights: Llamas of four layers that
+read `12+34=` and write the sum, units first (`64` for 46, so that a digit needs only what was read
+before), then a full stop. There are three widths, so that many weights of few bits can be weighed
+against few weights of many bits.
 
-It lies in `data/models/addition-tiny/`; `python -m lora_kit.tinylm FOLDER` trains it again.
+They lie in `data/models/addition-tiny/`; `python -m lora_kit.tinylm FOLDER cuda` trains them
+again, in four minutes (without `cuda` on the CPU, in an hour or more).
 """
 
 from __future__ import annotations
@@ -22,21 +24,29 @@ from lora_kit.skills import draw_skill
 from lora_kit.store import repository
 
 ALPHABET = "0123456789+=."
-LENGTHS = (1, 2, 3, 4)
-TEST_SEED, TEST_ROWS = 20260, 50  # the rows that training never sees
-SIZES = {
-    "vocab_size": len(ALPHABET),
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": ALPHABET.index("."),
-    "pad_token_id": ALPHABET.index("."),
-}
+LENGTHS = (1, 2, 3)
+TEST_SEED, TEST_ROWS = 20260, 200  # the rows that training never sees
+WIDTHS = (40, 56, 72)
+STOP = ALPHABET.index(".")
+
+
+def addition_config(width: int):
+    """The Llama config of one width."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(ALPHABET),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 8 * 8,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=STOP,
+        pad_token_id=STOP,
+    )
 
 
 def encode_text(text: str) -> list[int]:
@@ -51,28 +61,28 @@ def encode_text(text: str) -> list[int]:
     return [ALPHABET.index(c) for c in text]
 
 
-def load_addition_model(folder: Path | None = None):
-    """The shipped model, in eval mode, float32.
+def load_addition_model(width: int = WIDTHS[-1], folder: Path | None = None):
+    """The shipped model of a width, in eval mode, float32.
 
     Raises:
-        NotAvailableError: no such folder (the kit was installed without its data).
+        NotAvailableError: no such model here (or the kit was installed without its data).
     """
     from transformers import LlamaForCausalLM
 
     from lora_kit.models import quiet_libraries
 
-    folder = folder or repository() / "data" / "models" / "addition-tiny"
+    folder = (folder or repository() / "data" / "models" / "addition-tiny") / str(width)
     if not (folder / "model.safetensors").exists():
         raise NotAvailableError(
-            f"No addition model in {folder}: run from a clone, or train it with "
-            f"'python -m lora_kit.tinylm {folder}'."
+            f"No addition model in {folder}: there are widths {', '.join(map(str, WIDTHS))} in a "
+            f"clone of the kit, and 'python -m lora_kit.tinylm {folder.parent}' trains them."
         )
     with quiet_libraries():
         return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def held_out_rows(per_length: int = TEST_ROWS) -> list[dict]:
-    """Rows of 2 to 4 digits that the shipped model was not trained on, `per_length` (<= 50) each.
+    """Rows of 2 and 3 digits that the shipped model was not trained on, `per_length` (<= 200) each.
 
     One-digit sums are too few to hold any out.
     """
@@ -84,11 +94,11 @@ def held_out_rows(per_length: int = TEST_ROWS) -> list[dict]:
 
 @torch.no_grad()
 def addition_accuracy(model, rows) -> dict[str, float | int]:
-    """Greedy answers to each row: {"value", "stderr", "n"}; right means every digit and the stop."""
+    """Greedy answers: {"value", "stderr", "n"}; right means every digit and then the stop."""
     right = 0
     for digits in sorted({row["digits"] for row in rows}):
         batch = [row for row in rows if row["digits"] == digits]
-        ids = torch.tensor([encode_text(row["prompt"]) for row in batch])
+        ids = torch.tensor([encode_text(row["prompt"]) for row in batch], device=model.device)
         start = ids.shape[1]
         for _ in range(digits + 2):
             following = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)
@@ -100,45 +110,90 @@ def addition_accuracy(model, rows) -> dict[str, float | int]:
     return {"value": share, "stderr": (share * (1 - share) / len(rows)) ** 0.5, "n": len(rows)}
 
 
-def train_addition_model(steps: int = 6000, batch: int = 256, seed: int = 0, say=print):
-    """Train from scratch on sums of 1 to 4 digits, never one of the held-out rows; AdamW, cosine.
+def addition_loss(model, rows) -> float:
+    """Mean cross-entropy in nats of the answers' characters, the stop included."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for digits in sorted({row["digits"] for row in rows}):
+            batch = [row for row in rows if row["digits"] == digits]
+            ids = _padded(batch, digits).to(model.device)
+            total += _answer_loss(model, ids, digits, reduction="sum").item()
+            count += len(batch) * (digits + 2)
+    return total / count
 
-    Rows of one step have one length, so that nothing is padded. About five minutes on two cores.
+
+def addition_batch(rng: random.Random, digits: int, size: int, held_out: set[str]) -> torch.Tensor:
+    """Random rows of one length, none of them held out: token ids, (size, 3 · digits + 4)."""
+    low, high = (0, 9) if digits == 1 else (10 ** (digits - 1), 10**digits - 1)
+    rows = []
+    while len(rows) < size:
+        a, b = rng.randint(low, high), rng.randint(low, high)
+        if f"{a}+{b}=" not in held_out:
+            rows.append({"prompt": f"{a}+{b}=", "completion": str(a + b)})
+    return _padded(rows, digits)
+
+
+def train_addition_model(
+    width: int = WIDTHS[-1],
+    steps: int = 8000,
+    batch: int = 256,
+    seed: int = 0,
+    make_optimizer=None,
+    say=print,
+    learning_rate: float = 3e-3,
+    device: str = "cpu",
+):
+    """Train from scratch on sums of 1 to 3 digits, never one of the held-out rows.
+
+    AdamW, or the optimiser that `make_optimizer(parameters)` gives, with one cosine cycle up to
+    `learning_rate`. Rows of one step have one length: nothing is padded but shorter sums.
+
+    Returns:
+        (model in eval mode, the loss of each step).
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
     held_out = {row["prompt"] for row in held_out_rows()}
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
+    model = LlamaForCausalLM(addition_config(width)).train().to(device)
+    make_optimizer = make_optimizer or torch.optim.AdamW
+    optimizer = make_optimizer(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, steps, pct_start=0.05, cycle_momentum=False
+    )
+    losses = []
     for step in range(steps):
-        k = rng.choices(LENGTHS, weights=(1, 2, 4, 6))[0]
-        rows = []
-        low, high = (0, 9) if k == 1 else (10 ** (k - 1), 10**k - 1)
-        while len(rows) < batch:
-            a, b = rng.randint(low, high), rng.randint(low, high)
-            if f"{a}+{b}=" not in held_out:
-                # Sums have k or k + 1 digits: a second stop fills the shorter ones.
-                answer = (str(a + b)[::-1] + "..")[: k + 2]
-                rows.append(encode_text(f"{a}+{b}={answer}"))
-        ids = torch.tensor(rows)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        first = 2 * k + 1  # the position that predicts the answer's first digit
-        target = ids[:, 1:][:, first:].reshape(-1)
-        loss = functional.cross_entropy(logits[:, first:].flatten(0, 1), target)
+        digits = rng.choices(LENGTHS, weights=(1, 2, 5))[0]
+        ids = addition_batch(rng, digits, batch, held_out).to(device)
+        loss = _answer_loss(model, ids, digits)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 500 == 0:
+        losses.append(loss.item())
+        if (step + 1) % 250 == 0:
             share = addition_accuracy(model.eval(), held_out_rows())["value"]
             model.train()
-            say(f"step {step + 1}: loss {loss.item():.4f}, held-out accuracy {share:.3f}")
-    return model.eval()
+            say(f"width {width}, step {step + 1}: loss {loss.item():.4f}, accuracy {share:.3f}")
+    return model.eval(), losses
+
+
+def _padded(rows, digits: int) -> torch.Tensor:
+    # Sums have k or k + 1 digits: a second stop fills the shorter ones.
+    texts = (r["prompt"] + (r["completion"][::-1] + "..")[: digits + 2] for r in rows)
+    return torch.tensor([encode_text(text) for text in texts])
+
+
+def _answer_loss(model, ids, digits: int, reduction: str = "mean") -> torch.Tensor:
+    first = 2 * digits + 1  # the position that predicts the answer's first digit
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, first:]
+    target = ids[:, first + 1 :]
+    return functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction=reduction)
 
 
 if __name__ == "__main__":
-    train_addition_model().save_pretrained(Path(sys.argv[1]))
+    for each in WIDTHS:
+        trained = train_addition_model(each, device=sys.argv[2] if len(sys.argv) > 2 else "cpu")[0]
+        trained.save_pretrained(Path(sys.argv[1]) / str(each))

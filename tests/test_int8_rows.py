@@ -40,7 +40,7 @@ def test_error_is_at_most_half_a_step():
 def test_product_is_near_and_the_split_saves_it_from_outliers():
     weight = matrix(64, 128, seed=1)
     held = quantize_rows(weight)
-    for outliers, least_gain in (((), 0.9), ((7, 90), 3.0)):
+    for outliers, least_gain in (((), 0.9), ((7, 90), 2.0)):
         x = matrix(outliers=outliers)
         want = x @ weight.t()
         gap = [(int8_matmul(x, held, t) - want).norm() / want.norm() for t in (0.0, 6.0)]

@@ -135,18 +135,25 @@ def test_full_fine_tuning_takes_sixteen_bytes_a_parameter():
         assert sum(plan.row(r) for r in rows) == 16 * TINY.num_parameters
 
 
-# torch.cuda.max_memory_allocated of a packed training loop: rank 16 on all linear layers, fp16.
+# torch.cuda.max_memory_allocated of one step (forward, backward, AdamW) of this kit's own layers,
+# rank 16 on all linear layers, fp16 autocast, random weights: one H100, torch 2.11, transformers
+# 5.17, FlashAttention off. GiB.
 @pytest.mark.parametrize(
-    ("name", "batch", "checkpointing", "measured_gib"),
+    ("name", "quantization", "batch", "seq", "checkpointing", "measured_gib"),
     [
-        ("llama-3.2-1b", 2, False, 7.18),
-        ("llama-3.2-1b", 4, True, 7.30),
-        ("smollm2-135m", 8, False, 10.6),
+        ("llama-3.2-1b", "nf4-double", 2, 1024, False, 7.219),
+        ("llama-3.2-1b", "nf4-double", 4, 1024, True, 7.341),
+        ("llama-3.2-1b", "nf4-double", 1, 512, True, 1.959),
+        ("llama-3.2-1b", "nf4-double", 8, 256, False, 7.242),
+        ("llama-3.2-1b", None, 2, 1024, False, 8.564),
+        ("smollm2-135m", "nf4-double", 8, 1024, False, 9.958),
+        ("smollm2-135m", "nf4-double", 8, 1024, True, 5.024),
     ],
 )
-def test_plan_is_near_measured_peaks(name, batch, checkpointing, measured_gib):
-    plan = plan_memory(ARCHITECTURES[name], batch=batch, seq=1024, checkpointing=checkpointing)
-    assert plan.torch_bytes / GIB == pytest.approx(measured_gib, rel=0.10)
+def test_plan_is_near_measured_peaks(name, quantization, batch, seq, checkpointing, measured_gib):
+    settings = {"batch": batch, "seq": seq, "checkpointing": checkpointing, "gpu": "h100"}
+    plan = plan_memory(ARCHITECTURES[name], quantization=quantization, **settings)
+    assert plan.torch_bytes / GIB == pytest.approx(measured_gib, rel=0.02)
 
 
 def test_largest_batch_is_the_last_that_fits():
