@@ -9,6 +9,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,8 +84,9 @@ DATASETS: dict[str, DatasetSpec] = {
             None,
             "CC BY-NC-SA 4.0",
             {"dev": "validation", "test": "test"},
-            ("fname", "dialogue", "topic"),
+            ("fname", "dialogue"),
             hub_fields={"id": "fname"},
+            notes="dev: summary, topic; test: three of each, summary1 to summary3, in the original.",
         ),
         DatasetSpec(
             "amazon_google",
@@ -123,7 +126,13 @@ class Dataset:
         return store.sha256_json(list(self.rows))[:16]
 
     def take(self, n: int) -> Dataset:
-        """The first n rows (all of them where there are fewer)."""
+        """The first n rows (all of them where there are fewer).
+
+        Raises:
+            BadInputError: n < 1.
+        """
+        if n < 1:
+            raise BadInputError(f"n must be at least 1, not {n}.")
         return Dataset(self.name, self.split_name, self.rows[:n], self.source, self.revision)
 
     def split(self, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -144,7 +153,7 @@ class Dataset:
         for key in keys:
             side = test if len(test) + len(groups[key]) <= held_out else train
             side.extend(groups[key])
-        if held_out < 1 or not train:
+        if held_out < 1 or not train or not test:
             raise BadInputError(
                 f"{held_out} held-out rows of {len(self)} leave nothing to train on or to test on."
             )
@@ -202,15 +211,25 @@ def is_local(name: str, split: str) -> bool:
 
 
 def local_file(name: str, split: str) -> Path | None:
-    """The local file of a split: `<set>/<split>.jsonl[.gz]`, or a part, `<split>_<rows>.jsonl.gz`."""
+    """The local file of a split: `<set>/<split>.jsonl[.gz]`, or the largest part,
+    `<split>_<rows>.jsonl[.gz]`. None where LORA_KIT_DATA is not set or lacks the split.
+
+    Raises:
+        NotAvailableError: LORA_KIT_DATA names no folder.
+    """
     root = store.local_data()
-    if root is None or not (root / name).is_dir():
+    if root is None:
         return None
-    for pattern in (f"{split}.jsonl", f"{split}.jsonl.gz", f"{split}_[0-9]*.jsonl*"):
-        found = sorted((root / name).glob(pattern))
-        if found:
-            return found[0]
-    return None
+    if not root.is_dir():  # a misspelt folder must not send a run to the hub in silence
+        raise NotAvailableError(f"LORA_KIT_DATA names {root}, which is no folder.")
+    for whole in (f"{split}.jsonl", f"{split}.jsonl.gz"):
+        if (root / name / whole).is_file():
+            return root / name / whole
+    parts = {}
+    for path in (root / name).glob(f"{split}_*.jsonl*"):
+        if found := re.fullmatch(rf"{split}_(\d+)\.jsonl(\.gz)?", path.name):
+            parts[int(found[1])] = path
+    return parts[max(parts)] if parts else None
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -219,17 +238,17 @@ def read_jsonl(path: Path) -> list[dict]:
     Raises:
         CorruptFileError: names the file and the line.
     """
-    rows = []
+    rows, number = [], 0
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
+            for line in f:
+                number += 1
                 if line.strip():
                     rows.append(json.loads(line))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CorruptFileError(f"{path} line {number} is not JSON: {e}.") from e
-    except (EOFError, OSError) as e:
+    except (EOFError, OSError, zlib.error) as e:
         raise CorruptFileError(f"{path} breaks off after line {number}: {e}.") from e
     return rows
 
@@ -262,18 +281,17 @@ def _from_hub(spec: DatasetSpec, split: str) -> tuple[list[dict], str]:
     if spec.hub_id is None:
         raise NotAvailableError(f"{unreachable} nor on the hub; put it into that folder.")
     from datasets import load_dataset
+    from httpx import HTTPError
     from huggingface_hub import dataset_info
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         revision = dataset_info(spec.hub_id, timeout=20).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError):
         revision = None  # offline: the datasets library may hold a copy in its own cache
     try:
-        loaded = load_dataset(
-            spec.hub_id, spec.config, split=spec.splits[split], revision=revision
-        )
-    except (OSError, ValueError) as e:  # datasets raises both for what it cannot reach
+        loaded = load_dataset(spec.hub_id, spec.config, split=spec.splits[split], revision=revision)
+    except (HTTPError, OSError, ValueError) as e:  # datasets raises both for what it cannot reach
         raise NotAvailableError(
             f"{unreachable} nor can the hub be reached. Connect once, or put it there."
         ) from e

@@ -49,6 +49,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     known = sorted(known)
     close = nearest(name, known)
     offer = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-    return UnknownNameError(
-        f"Unknown {kind} {name!r}.{offer} Known: {', '.join(known) or 'none'}.{' ' + hint if hint else ''}"
-    )
+    text = f"Unknown {kind} {name!r}.{offer} Known: {', '.join(known) or 'none'}."
+    return UnknownNameError(f"{text} {hint}" if hint else text)

@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_kit.errors import BadInputError
 
 # Okabe-Ito, dark and light in turn: neighbours differ in grey as well as in hue.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#000000", "#CC79A7", "#D55E00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
@@ -80,6 +80,9 @@ def save(figure, name: str) -> Path:
     path = folder / f"{name}.png"
     part = folder / f".{name}.part.png"
     # No software version or date in the file: the same figure gives the same bytes.
-    figure.savefig(part, metadata={"Software": None})
-    part.replace(path)
+    try:
+        figure.savefig(part, metadata={"Software": None})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path

