@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lora_kit.errors import LoraKitError
+from lora_kit.errors import BadInputError, LoraKitError, NotAvailableError
 
 app = typer.Typer(
     name="lora-kit",
@@ -44,10 +44,11 @@ def run(
             raise LoraKitError("--in-place runs with the default parameters: drop -p, -f and -o.")
         print(f"stored in {runner.run_in_place(notebook)}")
         return
+    for pair in parameter or []:
+        if "=" not in pair:
+            raise BadInputError(f"-p {pair} lacks its value: write -p NAME VALUE.")
     given = dict(pair.split("=", 1) for pair in parameter or [])
-    done = runner.run_notebook(
-        notebook, {k: runner.parse_value(v) for k, v in given.items()}, file, output
-    )
+    done = runner.run_notebook(notebook, runner.parse_parameters(notebook, given), file, output)
     for name, metric in done.record.metrics.items():
         value = metric if isinstance(metric, float) else metric.model_dump(exclude_none=True)
         print(f"{name} = {describe(value)}")
@@ -89,6 +90,8 @@ def plan(
 
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise NotAvailableError(f"{folder} holds no config.json.")
         shape = Architecture.from_config(read_json(folder / "config.json"), folder.name)
     else:
         shape = architecture(model)
@@ -159,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(words)
     except LoraKitError as e:
-        print(f"lora-kit: {e}", file=sys.stderr)
+        print(f"lora-kit: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -86,7 +86,7 @@ DATASETS: dict[str, DatasetSpec] = {
             {"dev": "validation", "test": "test"},
             ("fname", "dialogue"),
             hub_fields={"id": "fname"},
-            notes="dev: summary, topic; test: three of each, summary1 to summary3, in the original.",
+            notes="dev has summary; the original test has three, summary1 to summary3.",
         ),
         DatasetSpec(
             "amazon_google",

@@ -28,7 +28,8 @@ def generate(
         adapter_names: for a peft model, the adapter of each prompt ("__base__" for none).
 
     Raises:
-        BadInputError: an empty prompt, or max_new_tokens < 1, or names that do not match.
+        BadInputError: one text instead of a list, an empty prompt, max_new_tokens < 1, or names
+            that do not match.
     """
     import torch
 
@@ -36,6 +37,8 @@ def generate(
 
     if max_new_tokens < 1 or batch_size < 1:
         raise BadInputError("max_new_tokens and batch_size must be at least 1.")
+    if isinstance(prompts, str):
+        raise BadInputError("prompts must be a list of texts; put a single one in brackets.")
     if any(not p for p in prompts):
         raise BadInputError(f"Prompt {[bool(p) for p in prompts].index(False)} is empty.")
     if adapter_names is not None and len(adapter_names) != len(prompts):
@@ -49,7 +52,9 @@ def generate(
             return_tensors="pt",
             padding_side="left",
         ).to(model.device)
-        options = {} if adapter_names is None else {"adapter_names": [adapter_names[i] for i in rows]}
+        options = (
+            {} if adapter_names is None else {"adapter_names": [adapter_names[i] for i in rows]}
+        )
         with torch.inference_mode():
             output = model.generate(
                 **inputs,

@@ -17,6 +17,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from lora_kit.errors import NotAvailableError
+
 # What each package must be to work with the others; a package not named here must only be there.
 # Unsloth caps transformers, trl and datasets; peft refuses torchao before 0.16.
 WORKS = {
@@ -78,8 +80,11 @@ def missing(installed: Mapping[str, str | None], gpu: bool) -> tuple[list[str], 
             ordinary.append(pins.get(name, f"{name}{WORKS.get(name, '')}"))
     alone = []
     if gpu:
-        alone = [line for name, line in _pins("requirements-gpu.txt").items()
-                 if installed.get(name) is None]
+        alone = [
+            line
+            for name, line in _pins("requirements-gpu.txt").items()
+            if installed.get(name) is None
+        ]
     return ordinary, alone
 
 
@@ -88,6 +93,9 @@ def install_missing(gpu: bool | None = None) -> None:
 
     Args:
         gpu: whether to install Unsloth too; by default, where torch sees a GPU.
+
+    Raises:
+        NotAvailableError: pip could not.
     """
     if gpu is None:
         import torch
@@ -120,4 +128,9 @@ def _pins(file: str = "requirements.txt") -> dict[str, str]:
 
 
 def _pip(arguments: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments], check=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    code = subprocess.run(command).returncode
+    if code != 0:
+        raise NotAvailableError(
+            f"pip could not install {' '.join(arguments)} (it ended with {code}, see above)."
+        )

@@ -34,6 +34,7 @@ def begin(name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         UnknownNameError: the set, or a parameter in it, is not known.
+        BadInputError: a value of another type than the default's.
     """
     _quiet()
     from lora_kit.figures import use_style
@@ -43,16 +44,46 @@ def begin(name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
     hold_to_t4_rules()
     chosen = os.environ.get(SET_SWITCH)
     overrides = parameter_set(chosen, name) if chosen else {}
-    for key in overrides:
-        if key not in variables:
-            known = [k for k in variables if k.isupper()]
-            raise unknown_name(f"parameter of {name}", key, known)
+    defaults = {k: v for k, v in variables.items() if k.isupper()}
+    overrides = match_parameters(name, defaults, overrides)
     seed = overrides.get("SEED", variables.get("SEED"))
     if isinstance(seed, int):
         seed_everything(seed)
     if overrides:
         print(f"{SET_SWITCH}={chosen}:", ", ".join(f"{k} = {v!r}" for k, v in overrides.items()))
     return overrides
+
+
+def match_parameters(
+    notebook: str, defaults: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Hold given parameters to a notebook's defaults; return them in the defaults' types.
+
+    A whole number is taken for a float default; nothing else is converted.
+
+    Raises:
+        UnknownNameError: a name the notebook does not have; lists known ones, offers the nearest.
+        BadInputError: a value of another type than the default's, or NaN or infinity.
+    """
+    checked = {}
+    for name, value in given.items():
+        if name not in defaults:
+            raise unknown_name(f"parameter of {notebook}", str(name), defaults)
+        default = defaults[name]
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if default is not None and type(value) is not type(default):
+            hint = ""
+            if isinstance(default, float) and isinstance(value, str):
+                hint = " YAML reads 1e-3 as a text: write 1.0e-3."
+            raise BadInputError(
+                f"{name} must be {_kind(default)} like its default {default!r}, "
+                f"not {value!r}.{hint}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInputError(f"{name} must be a finite number, not {value!r}.")
+        checked[name] = value
+    return checked
 
 
 def seed_everything(seed: int) -> None:
@@ -97,14 +128,16 @@ def parameter_set(name_or_path: str, notebook: str) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise BadInputError(f"{path} is not YAML: {' '.join(str(e).split())}.") from e
     if not isinstance(values, Mapping):
         raise BadInputError(f"{path} must hold NAME: value lines, not a {type(values).__name__}.")
-    notebooks = {p.stem for p in (store.repository() / "notebooks").rglob("*.ipynb")}
+    notebooks = {p.stem for p in (store.repository() / "notebooks").rglob("*.ipynb")} | {notebook}
+    # A heading with every line under it commented out reads as None.
+    values = {k: {} if v is None and k in notebooks else v for k, v in values.items()}
     sections = {k for k, v in values.items() if isinstance(v, Mapping)}
-    for unknown in sorted(sections - notebooks - {notebook}):
-        raise unknown_name(f"notebook in {path.name}", unknown, notebooks)
+    for unknown in sorted(sections - notebooks, key=str):
+        raise unknown_name(f"notebook in {path.name}", str(unknown), notebooks)
     shared = {k: v for k, v in values.items() if k not in sections}
     return {**shared, **values.get(notebook, {})}
 
@@ -126,15 +159,18 @@ def record_table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Note a table (a list of rows with the same columns) and show it.
 
     Raises:
-        BadInputError: no rows, or rows with different columns.
+        BadInputError: no rows, rows with different columns, or NaN or infinity in one.
     """
-    rows = [dict(row) for row in rows]
+    rows = [{k: _entry(name, k, v) for k, v in row.items()} for row in rows]
     if not rows or any(list(row) != list(rows[0]) for row in rows):
         raise BadInputError(f"Table {name!r} needs rows, all with the same columns.")
     import pandas as pd
 
     frame = pd.DataFrame(rows)
-    _show({"tables": {name: rows}}, frame.to_string(index=False), frame.to_html(index=False))
+    # Columns and rows apart: a notebook file sorts the keys of every object, and with them a
+    # table's columns.
+    note = {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
+    _show({"tables": {name: note}}, frame.to_string(index=False), frame.to_html(index=False))
 
 
 def record_facts(**facts: Any) -> None:
@@ -153,28 +189,55 @@ def record_facts(**facts: Any) -> None:
 def describe(metric: float | Mapping[str, float | int]) -> str:
     """A metric in words: `0.84 ± 0.05 (n = 50)`, `[low, high]` where an interval was given."""
     if not isinstance(metric, Mapping):
-        return f"{metric:.4g}" if isinstance(metric, float) else str(metric)
-    text = f"{metric['value']:.4g}"
-    if metric.get("low") is not None:
+        return _digits(metric)
+    text = _digits(metric["value"])
+    if metric.get("low") is not None and metric.get("high") is not None:
         text += f" [{metric['low']:.3g}, {metric['high']:.3g}]"
     elif metric.get("stderr") is not None:
         text += f" ± {metric['stderr']:.2g}"
     return text + (f" (n = {metric['n']})" if metric.get("n") is not None else "")
 
 
+def _digits(value: float) -> str:
+    """Four digits, and whole numbers whole: 0.8412, 1,211, 134,515,008."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
 def _metric(name: str, value) -> Any:
     if isinstance(value, Mapping):
-        if "value" not in value or not set(value) <= METRIC_KEYS:
+        if value.get("value") is None or not set(value) <= METRIC_KEYS:
             raise BadInputError(
                 f"Metric {name!r} needs 'value' and at most {', '.join(sorted(METRIC_KEYS))}; "
                 f"it has {', '.join(sorted(value))}."
             )
-        return {k: _metric(f"{name}.{k}", v) for k, v in value.items() if v is not None}
-    if hasattr(value, "item"):
-        value = value.item()
+        return {k: _number(f"{name}.{k}", v) for k, v in value.items() if v is not None}
+    return _number(name, value)
+
+
+def _number(name: str, value) -> float | int:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise BadInputError(f"Metric {name!r} must be a finite number, not {value!r}.")
     return value
+
+
+def _plain(value):
+    """A Python number for a numpy or torch one."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _entry(table: str, column: str, value):
+    value = _plain(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInputError(
+            f"Table {table!r}, column {column!r}: {value!r} is not a finite number."
+        )
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _show(note: dict, text: str, html: str | None = None) -> None:

@@ -45,12 +45,21 @@ def to_example(row: Mapping, style: str = "bare", tokenizer=None) -> Example:
         tokenizer: needed for "chat".
 
     Raises:
-        BadInputError: fields that are none of the three shapes, or an unknown style.
+        BadInputError: fields that are none of the three shapes, a field that is no text, or an
+            unknown style.
     """
+    example = _to_example(row, style, tokenizer)
+    for part in (example.prompt, example.completion):
+        if not isinstance(part, str):
+            raise BadInputError(f"A row's prompt and answer must be texts, not {part!r}.")
+    return example
+
+
+def _to_example(row: Mapping, style: str, tokenizer) -> Example:
     if style not in FORMATS:
         raise BadInputError(f"style must be one of {', '.join(FORMATS)}, not {style!r}.")
     if "messages" in row:
-        *turns, last = row["messages"]
+        *turns, last = row["messages"] or [{}]
         if not turns or last.get("role") != "assistant":
             raise BadInputError("A messages row needs turns that end with the assistant's.")
         return Example(chat_prompt(tokenizer, turns), last["content"])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_kit import store
-from lora_kit.errors import CorruptFileError
+from lora_kit.errors import BadInputError, CorruptFileError
 
 SCHEMA = 1
 PACKAGES = (
@@ -47,7 +46,7 @@ class Record(BaseModel):
     # pydantic reserves names that start with "model_"; `model` itself is the field's own word.
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    schema_version: int = Field(SCHEMA, alias="schema")
+    schema_version: int = Field(SCHEMA, alias="schema", ge=1, le=SCHEMA)
     study: str
     command: str
     parameters: dict[str, Any]
@@ -76,7 +75,7 @@ def new_record(study: str, command: str, **fields: Any) -> Record:
     filled = {
         "hardware": detect().to_dict(),
         "versions": versions(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return Record(study=study, command=command, **{**filled, **fields})
 
@@ -95,8 +94,16 @@ def versions() -> dict[str, str]:
 
 
 def write_record(record: Record, path: Path) -> Path:
-    """Write a record atomically."""
-    return store.write_json(path, json.loads(record.model_dump_json(by_alias=True)))
+    """Write a record atomically.
+
+    Raises:
+        BadInputError: NaN or infinity, or a value that JSON cannot hold, in it.
+    """
+    try:
+        # Not pydantic's own JSON, which turns NaN into null without a word.
+        return store.write_json(path, record.model_dump(by_alias=True))
+    except (TypeError, ValueError) as e:
+        raise BadInputError(f"The record of {record.study} cannot be written: {e}.") from e
 
 
 def read_record(path: Path) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import shlex
 import time
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit import store
-from lora_kit.errors import BadInputError, RunFailedError, unknown_name
-from lora_kit.notebook import MIME, SET_SWITCH, parameter_set
+from lora_kit.errors import BadInputError, CorruptFileError, RunFailedError, unknown_name
+from lora_kit.notebook import MIME, SET_SWITCH, match_parameters, parameter_set
 from lora_kit.studies.records import Record, new_record, write_record
 
 
@@ -54,18 +55,29 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
 
     Raises:
         BadInputError: no such cell, more than one, or a default that is not a plain value.
+        CorruptFileError: the file is no notebook.
     """
     import nbformat
 
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except Exception as e:  # nbformat raises a dozen kinds for what is no notebook
+        raise CorruptFileError(f"{path} is not a notebook ({type(e).__name__}).") from e
     cells = [
         c
-        for c in nbformat.read(path, as_version=4).cells
+        for c in notebook.cells
         if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])
     ]
     if len(cells) != 1:
-        raise BadInputError(f"{path.name} has {len(cells)} cells tagged 'parameters'; it needs one.")
+        raise BadInputError(
+            f"{path.name} has {len(cells)} cells tagged 'parameters'; it needs one."
+        )
+    try:
+        lines = ast.parse(cells[0].source).body
+    except SyntaxError as e:
+        raise BadInputError(f"The parameters cell of {path.name} is not Python: {e}.") from e
     found = {}
-    for node in ast.parse(cells[0].source).body:
+    for node in lines:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
             raise BadInputError(
                 f"The parameters cell of {path.name} may hold NAME = value lines only."
@@ -80,28 +92,17 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
 
 
 def check_parameters(path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Hold given parameters to the notebook's own; return them in the defaults' types.
+    """Hold given parameters to the notebook's own: see `notebook.match_parameters`."""
+    return match_parameters(path.stem, notebook_parameters(path), given)
 
-    A whole number is taken for a float default; nothing else is converted.
 
-    Raises:
-        UnknownNameError: a name the notebook does not have; lists known ones, offers the nearest.
-        BadInputError: a value of another type than the default's.
-    """
-    defaults = notebook_parameters(path)
-    checked = {}
-    for name, value in given.items():
-        if name not in defaults:
-            raise unknown_name(f"parameter of {path.stem}", name, defaults)
-        default = defaults[name]
-        if isinstance(default, float) and type(value) is int:
-            value = float(value)
-        if default is not None and type(value) is not type(default):
-            raise BadInputError(
-                f"{name} must be {_kind(default)} like its default {default!r}, not {value!r}."
-            )
-        checked[name] = value
-    return checked
+def parse_parameters(name: str, texts: dict[str, str]) -> dict[str, Any]:
+    """Command-line texts as values for a notebook: `none` stays a text where the default is one."""
+    defaults = notebook_parameters(find_notebook(name))
+    return {
+        key: text if isinstance(defaults.get(key), str) else parse_value(text)
+        for key, text in texts.items()
+    }
 
 
 def parse_value(text: str) -> Any:
@@ -112,7 +113,7 @@ def parse_value(text: str) -> Any:
         return named[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -141,17 +142,20 @@ def run_notebook(
     given = parameter_set(parameter_file, path.stem) if parameter_file else {}
     given = check_parameters(path, {**given, **(parameters or {})})
     output = Path(output or store.repository() / "runs" / path.stem).resolve()
-    store.check_disk(output, 50_000_000, f"Running {path.stem}")
+    store.check_disk(output, 50_000_000, f"Running {path.stem}", "choose another folder with -o")
     output.mkdir(parents=True, exist_ok=True)
     target = output / path.name
+    if target == path:
+        raise BadInputError(f"{output} holds the notebook itself; choose another folder with -o.")
+    record_path = output / f"{path.stem}.json"
+    record_path.unlink(missing_ok=True)  # an earlier run's record must not stand beside this one
     command = command or _command(path, given)
     started = time.perf_counter()
     with _environment(output):
         _execute(path, target, given)
     seconds = time.perf_counter() - started
     record = _record(path, target, {**notebook_parameters(path), **given}, command, seconds)
-    record_path = write_record(record, output / f"{path.stem}.json")
-    return RunResult(target, record_path, record)
+    return RunResult(target, write_record(record, record_path), record)
 
 
 def run_in_place(name: str) -> Path:
@@ -187,15 +191,21 @@ def collect_notes(executed) -> tuple[dict, dict, dict]:
             note = out.get("data", {}).get(MIME)
             if note:
                 metrics.update(note.get("metrics", {}))
-                tables.update(note.get("tables", {}))
+                for name, table in note.get("tables", {}).items():
+                    rows = [dict(zip(table["columns"], r, strict=True)) for r in table["rows"]]
+                    tables[name] = rows
                 facts.update(note.get("facts", {}))
     return metrics, tables, facts
 
 
 def _execute(path: Path, target: Path, given: dict[str, Any]) -> None:
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    # papermill guesses at the parameters cell and complains where a text holds "="; we have read
+    # and checked it ourselves. The kernel's own log would only say that it is a kernel.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(
             str(path),
@@ -205,10 +215,16 @@ def _execute(path: Path, target: Path, given: dict[str, Any]) -> None:
             kernel_name="python3",
             progress_bar=False,
             log_output=False,
+            extra_arguments=["--log-level=CRITICAL"],
         )
     except PapermillExecutionError as e:
         raise RunFailedError(
             f"{path.stem} failed in cell {e.exec_count}: {e.ename}: {e.evalue}. "
+            f"What ran is kept in {target}."
+        ) from None
+    except DeadKernelError:
+        raise RunFailedError(
+            f"{path.stem} failed: its kernel died, most often for want of memory. "
             f"What ran is kept in {target}."
         ) from None
 
@@ -253,8 +269,3 @@ def _command(path: Path, given: dict[str, Any]) -> str:
     for name, value in given.items():
         words += ["-p", name, str(value)]
     return shlex.join(words)
-
-
-def _kind(value: Any) -> str:
-    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
