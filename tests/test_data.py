@@ -181,12 +181,12 @@ def test_no_network(monkeypatch, folder, kind):
 
 def test_really_offline():
     """The libraries themselves, which conftest holds offline, raise nothing else."""
-    with pytest.raises(NotAvailableError, match="not set. nor can the hub be reached"):
+    with pytest.raises(NotAvailableError, match=r"not set. nor can the hub be reached"):
         load_rows("gsm8k", "test")
 
 
 def test_a_local_only_set_needs_its_folder():
-    with pytest.raises(NotAvailableError, match="amazon_google/test is neither .* put it into"):
+    with pytest.raises(NotAvailableError, match=r"amazon_google/test is neither .* put it into"):
         load_rows("amazon_google", "test")
 
 

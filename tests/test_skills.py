@@ -122,7 +122,7 @@ def test_n_is_at_least_1(n):
 
 
 def test_too_few_distinct_rows():
-    with pytest.raises(BadInputError, match="Only 100 of the 100 1-digit rows.*101 were asked"):
+    with pytest.raises(BadInputError, match=r"Only 100 of the 100 1-digit rows.*101 were asked"):
         draw_skill("addition", 1, 101, 0)
     with pytest.raises(BadInputError, match="Only 99 of the 100 "):
         draw_skill("addition", 1, 100, 0, exclude=["1+1=", "no such prompt"])
