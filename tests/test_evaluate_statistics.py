@@ -128,10 +128,14 @@ def test_pairing_narrows_the_interval_where_the_two_agree_on_most_items():
     assert mcnemar(base, tuned).p < 0.001 < 0.1 < p
 
 
-def test_paired_difference_of_equals_is_nothing():
+def test_paired_difference_without_any_disagreement_still_has_a_width():
     base = binary(30, 0.5, seed=9)
     found = paired_difference(base, base)
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert (found.value, found.low, found.high) == (0, -wilson(0, 30)[1], wilson(0, 30)[1])
+    found = paired_difference([0] * 30, [1] * 30)
+    assert (found.value, found.low, found.high) == (1, 1 - 2 * wilson(0, 30)[1], 1)
+    found = paired_difference([0.25] * 9, [0.5] * 9)
+    assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
 
 
 def test_unpaired_difference_is_newcombes_published_example():

@@ -166,13 +166,21 @@ def paired_difference(
 ) -> Estimate:
     """tuned − base over the same items: each resample keeps an item's two scores together.
 
+    Where every item's difference is the same, resampling has nothing to show. With 0/1 scores the
+    interval then comes from Wilson's bound u on a share of which none was seen in n: if none of n
+    items disagree the difference lies within ±u, and if all go one way, within 2u of that.
+
     Raises:
         BadInputError: lists of different lengths, empty, or with a score that is not finite.
     """
     a, b = _pair(base, tuned)
     gain = b - a
+    value = float(gain.mean())
     low, high = bootstrap(gain, confidence, seed)
-    return Estimate(float(gain.mean()), standard_error(gain), low, high, len(gain))
+    if low == high and _is_binary(a) and _is_binary(b):
+        unseen = wilson(0, len(gain), confidence)[1] * (2 if value else 1)
+        low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
+    return Estimate(value, standard_error(gain), low, high, len(gain))
 
 
 def unpaired_difference(
