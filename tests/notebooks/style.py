@@ -11,6 +11,7 @@ import io
 import os
 import re
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,11 +102,6 @@ class Sheet:
 
 def repository_url(root: Path) -> str:
     """The repository's address, from the one place where it stands: pyproject's project.urls."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
-        import tomli as tomllib
-
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"]["Repository"]
 

@@ -138,8 +138,7 @@ def what_is_named_exists(command: str, options: dict) -> None:
             runner.check_parameters(runner.find_notebook(name), found)
     if notebook and options.get("parameter"):
         pairs = dict(p.split("=", 1) for p in options["parameter"])
-        values = {k: runner.parse_value(v) for k, v in pairs.items()}
-        runner.check_parameters(notebook, values)
+        runner.check_parameters(notebook, runner.parse_parameters(str(notebook), pairs))
     if command == "fetch":
         from lora_kit.errors import unknown_name
         from lora_kit.models import MODELS
