@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `lora-kit`."""
     words = _pair_parameters(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(words)
+        app(words, prog_name="lora-kit")
     except LoraKitError as e:
         print(f"lora-kit: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -168,10 +168,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _pair_parameters(words: list[str]) -> list[str]:
     """`-p NAME VALUE` as papermill writes it, turned into `-p NAME=VALUE`: the option takes one
-    word then, and a value such as -1 is not read as an option."""
+    word then, and a value such as -1 is not read as an option. An option is no value."""
+
+    def is_value(word: str) -> bool:
+        return word not in ("-p", "-f", "-o") and not word.startswith("--")
+
     paired, i = [], 0
     while i < len(words):
-        if words[i] == "-p" and i + 2 < len(words) and "=" not in words[i + 1]:
+        named = words[i] == "-p" and i + 2 < len(words) and "=" not in words[i + 1]
+        if named and is_value(words[i + 2]):
             paired += ["-p", f"{words[i + 1]}={words[i + 2]}"]
             i += 3
         else:

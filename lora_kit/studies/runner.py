@@ -213,6 +213,7 @@ def _execute(path: Path, target: Path, given: dict[str, Any]) -> None:
             parameters=given,
             cwd=str(path.parent),
             kernel_name="python3",
+            language="python",
             progress_bar=False,
             log_output=False,
             extra_arguments=["--log-level=CRITICAL"],
