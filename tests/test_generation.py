@@ -53,18 +53,27 @@ def test_the_tokenizer_stays_as_it_was(loaded):
 
 
 def test_answers_end_at_eos(loaded, monkeypatch):
-    """With a later token of an answer called EOS, the answer stops before it."""
-    ids = []
-    decode = loaded.tokenizer.batch_decode
-    with monkeypatch.context() as m:
-        m.setattr(loaded.tokenizer, "batch_decode", lambda new, **o: ids.extend(new) or decode(new))
-        (whole,) = generate(loaded.model, loaded.tokenizer, ["12+34="], 8)
-    tokens = ids[0].tolist()
-    place = next(i for i in range(1, 8) if tokens[i] not in tokens[:i])
+    """With a later token of an answer called EOS, the model stops there."""
+    heard = []
+
+    def listen(tokenizer):
+        decode = tokenizer.batch_decode
+
+        def heard_decode(new, **options):
+            heard.append((new[0].tolist(), options))
+            return decode(new, **options)
+
+        monkeypatch.setattr(tokenizer, "batch_decode", heard_decode)
+
     ended = copy.deepcopy(loaded.tokenizer)
+    listen(loaded.tokenizer)
+    generate(loaded.model, loaded.tokenizer, ["12+34="], 8)
+    tokens = heard[0][0]
+    place = next(i for i in range(2, 8) if tokens[i] not in tokens[:i])
     ended.eos_token = ended.convert_ids_to_tokens(tokens[place])
-    assert generate(loaded.model, ended, ["12+34="], 8) == [decode([tokens[:place]])[0]]
-    assert decode([tokens[:place]])[0] != whole
+    listen(ended)
+    generate(loaded.model, ended, ["12+34="], 8)
+    assert heard[1] == (tokens[: place + 1], {"skip_special_tokens": True})
 
 
 @pytest.fixture(scope="module")
