@@ -18,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from style import Sheet
 
 from lora_kit.errors import BadInputError, RunFailedError, UnknownNameError
+from lora_kit.models import DEFAULT_MODEL, fetch_model
 from lora_kit.notebook import parameter_set
 from lora_kit.studies import runner
 from lora_kit.studies.records import Metric, read_record
@@ -32,10 +33,20 @@ def checksums(folder: Path, names: list[str]) -> dict[str, str]:
     return {p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.exists()}
 
 
+def forget_adapters(folder: Path, monkeypatch) -> None:
+    """A cache with the default model and nothing else, so that a notebook has to train."""
+    models = fetch_model(DEFAULT_MODEL).path.parent
+    folder.mkdir()
+    (folder / models.name).symlink_to(models)
+    monkeypatch.setenv("LORA_KIT_HOME", str(folder))
+
+
 @pytest.mark.notebook
 @pytest.mark.model
 @pytest.mark.parametrize("name", COURSE)
 def test_notebook_runs(name, tmp_path, monkeypatch):
+    if name == "03_qlora_finetuning":
+        forget_adapters(tmp_path / "home", monkeypatch)
     # The set comes from the call: one left in the environment must not win over it.
     monkeypatch.setenv("LORA_KIT_PARAMS", "no-such-set")
     sheet = Sheet(ROOT / "notebooks" / f"{name}.ipynb", ROOT)
