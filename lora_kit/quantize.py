@@ -12,8 +12,8 @@ parameter in place of 32/64 = 0.5. (QLoRA, Dettmers et al. 2023, section 3.)
 
 Codes, absmax and dequantised values equal those of bitsandbytes 0.50 on a CPU, bit for bit.
 
-Memory: beside its result, `quantize` needs about 10 bytes for each value of one chunk (2^18 values,
-so some 3 MB), and a float copy only of a tensor that is not contiguous. `dequantize` of a 4-bit
+Memory: beside its result, `quantize` needs about 10 bytes for each value of one chunk (2^19 values,
+so some 5 MB), and a float copy only of a tensor that is not contiguous. `dequantize` of a 4-bit
 tensor likewise; neither grows with the tensor.
 """
 
@@ -30,7 +30,7 @@ from lora_kit.errors import BadInputError, unknown_name
 
 ABSMAX_BLOCK = 256  # absmax values to a block of double quantisation
 GRID = 65535  # steps of [-1, 1] to which bitsandbytes' CPU kernel rounds before an 8-bit look-up
-CHUNK = {"cpu": 1 << 18}  # values at a time: small enough for a core's cache, large enough to pay
+CHUNK = {"cpu": 1 << 19}  # values at a time: small enough for a core's cache, large enough to pay
 CHUNK_ELSEWHERE = 1 << 24
 SMALLEST_ABSMAX = 1e-38  # a block of zeros is divided by this in place of 0
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
