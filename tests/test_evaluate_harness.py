@@ -3,7 +3,6 @@
 import gzip
 import json
 import logging
-import os
 import random
 
 import datasets
@@ -276,7 +275,7 @@ def test_gsm8k_is_scored_strictly_and_flexibly(folder, model, tokenizer, monkeyp
     assert evaluate(model, tokenizer, "gsm8k", num_fewshot=0)["gsm8k"].num_fewshot == 0
 
 
-@pytest.mark.skipif("LORA_KIT_DATA" not in os.environ, reason="LORA_KIT_DATA names no real rows")
+@pytest.mark.data
 @pytest.mark.parametrize(("name", "splits"), [("hellaswag", ["validation"])])
 def test_real_rows_give_the_packaged_requests(name, splits, monkeypatch):
     rows = {split: load_rows(name, split, limit=100).rows for split in splits}
