@@ -76,7 +76,8 @@ def finetune(
         TrainResult; the adapter's folder appears only when training ended well.
 
     Raises:
-        BadInputError: rows on which no token would be trained; and what loading raises.
+        BadInputError: rows on which no token would be trained, an output folder that holds
+            something else; and what loading raises.
         RunFailedError: the loss or the adapter became NaN or infinite.
     """
     engine, why = choose_engine(engine)
@@ -84,7 +85,7 @@ def finetune(
 
     files = fetch_model(model)
     identity = {
-        "model": [files.name, files.revision],
+        "model": [files.name, files.revision, *_weights_of(files)],
         "data": rows.fingerprint,
         "spec": spec.to_dict(),
         "engine": engine,
@@ -94,6 +95,8 @@ def finetune(
         key = store.sha256_json(identity)[:12]
         output = store.home() / "adapters" / f"{files.name}-{rows.name}-{key}"
     output = Path(output)
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).exists():
+        raise BadInputError(f"{output} holds something else than an adapter; name another folder.")
     with store.lock(output):
         if reuse and (output / RECORD).exists():
             found = _read(output)
@@ -103,13 +106,21 @@ def finetune(
         return _train(files, rows, spec, output, engine, why, identity)
 
 
+def _weights_of(files) -> list[str]:
+    """A folder's weights may change under the same name and config, so they are told apart too."""
+    if files.source != "folder":
+        return []
+    return [store.sha256_file(p)[:12] for p in sorted(files.path.glob("*.safetensors"))]
+
+
 def _train(files, rows, spec, output, engine, why, identity) -> TrainResult:
     from lora_kit.hardware import detect
     from lora_kit.train import engines
 
     model, tokenizer = engines.load_for_training(files, spec, engine)
     encoded = encode_rows(rows, tokenizer, spec)
-    steps = spec.steps or math.ceil(len(encoded) / (spec.batch_size * spec.accumulation))
+    epoch = math.ceil(len(encoded) / (spec.batch_size * spec.accumulation))
+    steps = spec.steps or epoch
     from lora_kit.fingerprint import fingerprint_model
 
     base = {
@@ -119,9 +130,9 @@ def _train(files, rows, spec, output, engine, why, identity) -> TrainResult:
         "fingerprint": fingerprint_model(model).digest,
     }
     done = engines.train(model, tokenizer, encoded, spec, steps)
-    # Rows are drawn without replacement in every epoch, so a run of whole epochs sees each row
-    # equally often and a part of one its share on average.
-    passes = steps * spec.batch_size * spec.accumulation / len(encoded)
+    # Rows are drawn without replacement in every epoch, whose last step takes what is left: a run
+    # of whole epochs sees each row equally often and a part of one its share on average.
+    passes = steps / epoch
     counts = {
         "tokens": round(passes * sum(len(r["input_ids"]) for r in encoded)),
         "trained_tokens": round(passes * sum(x != -100 for r in encoded for x in r["labels"])),
@@ -164,8 +175,10 @@ def encode_rows(rows: Dataset, tokenizer, spec: TrainSpec) -> list[dict]:
             "raise max_length, or look at the rows' completions."
         )
     if len(kept) < len(encoded):
-        print(f"{len(encoded) - len(kept)} of {len(encoded)} rows left out: the prompt alone "
-              f"fills max_length={spec.max_length}.")
+        print(
+            f"{len(encoded) - len(kept)} of {len(encoded)} rows left out: the prompt alone "
+            f"fills max_length={spec.max_length}."
+        )
     return kept
 
 
@@ -180,12 +193,14 @@ def _count_all(model) -> int:
 
 def _read(folder: Path) -> tuple[dict, TrainResult] | None:
     """The record of a finished run, or None where the folder holds something else."""
+    if not (folder / "adapter_model.safetensors").exists():
+        return None
     try:
         facts = store.read_json(folder / RECORD)
         identity = facts.pop("identity")
         spec = TrainSpec(**identity["spec"])
         return identity, _result(folder, spec, facts)
-    except (CorruptFileError, KeyError, TypeError):
+    except (CorruptFileError, BadInputError, KeyError, TypeError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import asdict, dataclass
 
 from lora_kit.architectures import check_targets
@@ -15,7 +16,8 @@ ENGINES = ("auto", "trl", "unsloth")
 class TrainSpec:
     """Hyperparameters of one fine-tuning run, in the field's own names.
 
-    rank, alpha, dropout: LoRA's; ΔW = (alpha/rank)·B·A. targets: "attention", "mlp", "all", or names joined by commas.
+    rank, alpha, dropout: LoRA's; ΔW = (alpha/rank)·B·A. targets: "attention", "mlp", "all", or
+    names joined by commas.
     learning_rate: the peak, reached after `warmup` (a fraction of the steps), then a cosine to 0.
     steps: optimiser steps; 0 means one pass over the rows. batch_size × accumulation rows a step.
     max_length: tokens; longer rows are cut. style: how rows become prompts (`prompts.FORMATS`).
@@ -44,6 +46,7 @@ class TrainSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from lora_kit.models import DTYPES, QUANTIZATIONS
         from lora_kit.prompts import FORMATS
 
         check_targets(self.targets)
@@ -51,15 +54,24 @@ class TrainSpec:
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("alpha", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise BadInputError(f"{name} must be above 0, not {getattr(self, name)}.")
         for name in ("dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInputError(f"{name} must be in [0, 1), not {getattr(self, name)}.")
         if self.steps < 0:
             raise BadInputError(f"steps must be 0 (one epoch) or more, not {self.steps}.")
-        if self.style not in FORMATS:
-            raise BadInputError(f"style must be one of {', '.join(FORMATS)}, not {self.style!r}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise BadInputError(f"weight_decay must be 0 or more, not {self.weight_decay}.")
+        for name, known in (
+            ("style", FORMATS),
+            ("quantization", QUANTIZATIONS),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in known:
+                raise BadInputError(
+                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}."
+                )
 
     def to_dict(self) -> dict:
         return asdict(self)
