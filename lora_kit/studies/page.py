@@ -75,7 +75,7 @@ def _chapter(folder: Path, record: Record) -> dict:
     return {
         "name": record.study,
         "title": title,
-        "question": question.split("**")[-1].strip(" .:") + "." if question else "",
+        "question": question.split("**")[-1].strip(" :"),
         "minutes": record.seconds / 60,
         "html": _render(folder, record.study),
         "metrics": [
