@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import platform
 import statistics
@@ -149,6 +150,9 @@ def peak_bytes(step, device: str) -> int | None:
 def compare(name: str, builders: dict, make, ids, options) -> dict | None:
     """One row: two models, measured in turns; None when --only leaves it out."""
     if options.only not in name:
+        return None
+    if "NF4" in name and importlib.util.find_spec("bitsandbytes") is None:
+        print(f"{name}: left out, bitsandbytes is not installed", flush=True)
         return None
     steps = {}
     for side, build in builders.items():

@@ -1,7 +1,8 @@
 """Rank and placement of LoRA on addition: the records that notebook 02 reads.
 
-    python benchmarks/lora_placement.py --device cuda --digits 3 --steps 150 --batch-size 64 \\
-        --ranks 2,8,32,128 --seeds 0,1,2,3,4 --out data/results/lora_placement
+    python benchmarks/lora_placement.py
+    python benchmarks/lora_placement.py --device cuda --digits 3 --test-rows 500 --steps 150 \\
+        --batch-size 64 --lr 5e-4 --ranks 2,8,32,128 --seeds 0,1,2,3,4 --out records
 
 Every cell (placement x rank) gets the same rows, the same steps and the same learning rate; alpha
 is twice the rank, so the scale is 2 everywhere. One record a cell, seeds inside. `--shard 2/6` runs
@@ -27,13 +28,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a name or a folder")
     parser.add_argument("--placements", default=",".join(PLACEMENTS))
     parser.add_argument("--ranks", default="2,8,32")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2,3")
     parser.add_argument("--digits", type=int, default=1)
     parser.add_argument("--rows", type=int, default=4000, help="training rows (at most)")
-    parser.add_argument("--test-rows", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--test-rows", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell from i on")
     parser.add_argument("--out", type=Path, default=Path("data/results/lora_placement"))
     return parser.parse_args()
@@ -43,13 +44,12 @@ def main() -> None:
     options = arguments()
     from lora_kit.lora_study import Budget, encode_rows, score
     from lora_kit.models import load_model
-    from lora_kit.skills import draw_skill
+    from lora_kit.skills import train_and_test
 
     loaded = load_model(options.model, dtype="float32")
     loaded.model.to(options.device)
-    test_rows = draw_skill("addition", options.digits, options.test_rows, seed=999)
-    train_rows = draw_skill(
-        "addition", options.digits, options.rows, seed=0, exclude=[r["prompt"] for r in test_rows]
+    train_rows, test_rows = train_and_test(
+        "addition", options.digits, options.rows, options.test_rows, seed=0
     )
     train = encode_rows(loaded.tokenizer, train_rows, options.device)
     test = encode_rows(loaded.tokenizer, test_rows, options.device)
@@ -88,6 +88,7 @@ def cell(path: Path, placement: str, rank: int, seeds: list[int], budget, materi
             "alpha": spec.alpha,
             "seeds": seeds,
             "trainable": trainable,
+            "digits": int(train_rows[0]["digits"]),
             "test_rows": len(test.ids),
             **budget.to_dict(),
         },

@@ -50,6 +50,8 @@ class MergeReport:
     effect: how far the adapter moves the base's outputs (the size of what was merged).
     difference: merged against unmerged outputs; at most `tolerance`, or the merge is refused.
     weight_loss: mean relative error of the re-quantised weights (None for a dense result).
+    delta_loss: the same error over ‖ΔW‖: at 1 the rounding is as large as all that was merged,
+        and the adapter is as good as gone (None for a dense result).
     output_loss: outputs after re-quantisation against before it (None for a dense result).
     """
 
@@ -59,6 +61,7 @@ class MergeReport:
     difference: float
     tolerance: float
     weight_loss: float | None = None
+    delta_loss: float | None = None
     output_loss: float | None = None
 
     def __str__(self) -> str:
@@ -69,8 +72,8 @@ class MergeReport:
         )
         if self.weight_loss is not None:
             said += (
-                f"; back in 4 bits the weights are {self.weight_loss:.1%} off "
-                f"and the outputs {self.output_loss:.2%}"
+                f"; back in 4 bits the weights are {self.weight_loss:.1%} off, which is "
+                f"{self.delta_loss:.0%} of the change merged; the outputs {self.output_loss:.2%}"
             )
         return said + "."
 
@@ -177,24 +180,29 @@ def _prove(model, layers, name, batch, dense, tolerance) -> MergeReport:
     report = MergeReport(name, len(layers), effect, difference, allowed)
     if dense or not four_bit:
         return report
+    changes = [float((layers[p].base_layer.weight - true_weight(olds[p])).norm()) for p in four_bit]
     losses = [_requantise(layers[path], olds[path], path) for path in four_bit]
-    output_loss = _distance(_outputs(model, batch, "after re-quantising"), merged)
-    loss = sum(losses) / len(losses)
-    return MergeReport(name, len(layers), effect, difference, allowed, loss, output_loss)
+    of_weight = sum(error / size for error, size in losses) / len(losses)
+    of_delta = sum(e**2 for e, _ in losses) ** 0.5 / max(sum(c**2 for c in changes) ** 0.5, 1e-30)
+    of_outputs = _distance(_outputs(model, batch, "after re-quantising"), merged)
+    return MergeReport(
+        name, len(layers), effect, difference, allowed, of_weight, of_delta, of_outputs
+    )
 
 
-def _requantise(layer: LoRALinear, like: nn.Module, path: str) -> float:
-    """Swap the proved dense layer for one stored as `like` is; returns the relative error made."""
+def _requantise(layer: LoRALinear, like: nn.Module, path: str) -> tuple[float, float]:
+    """Swap the proved dense layer for one stored as `like` is; returns ‖error‖ and ‖weight‖."""
     wanted = layer.base_layer.weight.to(torch.float32)
     packed = with_weight(like, wanted)
-    loss = _distance(true_weight(packed).to(torch.float32), wanted)
-    if not loss <= REQUANTISED_AT_MOST:
+    error = float((true_weight(packed).to(torch.float32) - wanted).norm())
+    size = max(float(wanted.norm()), 1e-30)
+    if not error <= REQUANTISED_AT_MOST * size:
         raise MergeError(
-            f"Re-quantising {path} would change its weights by {loss:.0%}: not merged. "
+            f"Re-quantising {path} would change its weights by {error / size:.0%}: not merged. "
             "Merge with dense=True instead."
         )
     layer.base_layer = packed
-    return loss
+    return error, size
 
 
 def unmerge_lora(model: nn.Module) -> None:

@@ -145,6 +145,12 @@ def test_nf4_merge_measures_what_the_second_quantisation_costs():
     assert report.difference < 1e-5
     assert 0.05 < report.weight_loss < 0.15
     assert report.output_loss == pytest.approx(distance(logits(model), before), rel=1e-3)
+    error = change = 0.0
+    for layer in lora_layers(model).values():
+        wanted = layer.merged_weight("default")
+        error += float((layer.base_layer.dequantized_weight() - wanted).norm() ** 2)
+        change += float(layer.delta_weight("default").norm() ** 2)
+    assert report.delta_loss == pytest.approx((error / change) ** 0.5, rel=1e-3)
     assert all(isinstance(m.base_layer, NF4Linear) for m in lora_layers(model).values())
     assert f"{report.output_loss:.2%}" in str(report)
     unmerge_lora(model)
@@ -154,6 +160,16 @@ def test_nf4_merge_measures_what_the_second_quantisation_costs():
     assert distance(logits(model), before) < 1e-5
     unmerge_lora(model)
     assert torch.equal(logits(model), before)
+
+
+def test_a_small_change_does_not_survive_four_bits():
+    """What the report is for: half a step of the 4-bit grid swallows a gently trained adapter."""
+    model = adapted(nf4_llama())
+    for layer in lora_layers(model).values():
+        layer.lora_B["default"].data.mul_(0.01)
+    report = merge_lora(model, ids())
+    assert report.weight_loss < 0.01  # the weights are nearly right, and yet
+    assert report.delta_loss > 0.8
 
 
 @pytest.mark.parametrize("options", [dict(double_quant=False), dict(block_size=128, format="fp4")])

@@ -215,3 +215,49 @@ def test_gradients_against_finite_differences():
             p.data.normal_()
         x = torch.randn(3, 6, dtype=torch.double, requires_grad=True)
         assert torch.autograd.gradcheck(lambda *_, m=model, x=x: m(x), (x, *parameters))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("placement", "variant"), [("all", "plain"), ("attention", "rslora")])
+def test_on_the_default_model(placement, variant):
+    """The same on real weights: 30 layers deep, so 1e-6 holds relative to the largest number."""
+    from lora_kit.models import load_model
+
+    ours, theirs = VARIANTS[variant]
+    sums = None
+    results = []
+    for side in ("ours", "peft"):
+        loaded = load_model("smollm2-135m-instruct", dtype="float32")
+        sums = loaded.tokenizer(["12+34=46", "56+78=134"], return_tensors="pt", padding=True)
+        if side == "ours":
+            model = add_lora(loaded.model, LoraSpec(8, 16, placement, **ours), seed=0).eval()
+            layers = lora_layers(model)
+            starts = {p: layer.lora_A["default"].detach().clone() for p, layer in layers.items()}
+        else:
+            config = LoraConfig(r=8, lora_alpha=16, target_modules=PLACEMENTS[placement], **theirs)
+            model = get_peft_model(loaded.model, config).eval()
+            layers = peft_layers(model)
+        grads = {}
+        for path, start in starts.items():
+            generator = torch.Generator().manual_seed(len(path))
+            shape = (layers[path].out_features, 8)
+            b = torch.randn(shape, generator=generator) * 0.002
+            if side == "ours":
+                layers[path].lora_B["default"].data.copy_(b)
+            else:
+                layers[path].lora_A["default"].weight.data.copy_(start)
+                layers[path].lora_B["default"].weight.data.copy_(b)
+        out = model(**sums, labels=sums["input_ids"])
+        out.loss.backward()
+        for path in starts:
+            a, b = layers[path].lora_A["default"], layers[path].lora_B["default"]
+            a, b = (a, b) if side == "ours" else (a.weight, b.weight)
+            grads[path] = (a.grad, b.grad)
+        counts = count_parameters(model) if side == "ours" else model.get_nb_trainable_parameters()
+        results.append((out.logits.detach(), grads, counts))
+    (mine, my_grads, my_counts), (other, its_grads, its_counts) = results
+    assert my_counts == its_counts
+    close(mine, other, 2e-6)
+    for path, pair_ in its_grads.items():
+        for ours_, its in zip(my_grads[path], pair_, strict=True):
+            assert (ours_ - its).norm() <= 1e-4 * its.norm()
