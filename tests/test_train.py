@@ -354,7 +354,12 @@ def test_skill_adapter_keeps_train_and_test_apart(tiny_folder, home, monkeypatch
     assert seen["spec"] == replace(made.spec, steps=5, seed=3)
     assert seen["rows"].rows == result.train.rows
     assert not {r["prompt"] for r in result.train} & {r["prompt"] for r in result.test}
-    assert len(result.test) == made.test * len(made.digits)
+    # One-digit sums are 100 in all: a fifth of them are asked, the rest are repeated in training,
+    # so that both lengths are equally frequent there.
+    asked = [r["digits"] for r in result.test]
+    assert (asked.count(1), asked.count(2)) == (20, made.test)
+    lengths = [r["digits"] for r in result.train]
+    assert lengths.count(1) == lengths.count(2) == made.train
 
 
 RESULT = train.TrainResult(

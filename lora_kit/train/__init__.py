@@ -2,7 +2,7 @@
 
 from lora_kit.train.finetune import TrainResult, finetune
 from lora_kit.train.heldout import heldout_loss
-from lora_kit.train.recipes import RECIPES, recipe, skill_adapter
+from lora_kit.train.recipes import RECIPES, recipe, skill_adapter, skill_rows
 from lora_kit.train.spec import TrainSpec, choose_engine
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "heldout_loss",
     "recipe",
     "skill_adapter",
+    "skill_rows",
 ]

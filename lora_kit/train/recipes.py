@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 
+from lora_kit.data import Dataset
 from lora_kit.errors import unknown_name
 from lora_kit.train.finetune import TrainResult, finetune
 from lora_kit.train.spec import TrainSpec
@@ -11,8 +13,8 @@ from lora_kit.train.spec import TrainSpec
 
 @dataclass(frozen=True)
 class Recipe:
-    """A TrainSpec and where its values come from. For a generated skill also its rows:
-    `digits`, and `train` and `test` rows for each number of digits."""
+    """A TrainSpec and where its values come from. For a generated skill also its rows: `digits`,
+    and `train` and `test` rows for each number of digits (see `skill_rows`)."""
 
     spec: TrainSpec
     source: str
@@ -29,7 +31,7 @@ RECIPES: dict[str, Recipe] = {
         skill="addition",
         digits=(1, 2),
         train=2000,
-        test=50,
+        test=80,
     ),
     "reversal": Recipe(
         TrainSpec(steps=30, batch_size=16, learning_rate=1e-3),
@@ -69,6 +71,36 @@ def recipe(name: str, **changes) -> TrainSpec:
     return replace(RECIPES[name].spec, **changes)
 
 
+def skill_rows(name: str, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Training and test rows of a generated skill's recipe: disjoint, every length equally often.
+
+    A length with few distinct rows (one-digit sums: 100) gives a fifth of them to the test at most,
+    and its training rows are repeated until they are as many as those of the other lengths.
+
+    Raises:
+        UnknownNameError: no such recipe, or one that has no skill.
+    """
+    from lora_kit.skills import SKILLS, train_and_test
+
+    skills = [k for k, r in RECIPES.items() if r.skill]
+    if name not in skills:
+        raise unknown_name("skill recipe", name, skills)
+    made = RECIPES[name]
+    train: list[dict] = []
+    test: list[dict] = []
+    for k in made.digits:
+        held = min(made.test, SKILLS[made.skill].space(k) // 5)
+        rows, asked = train_and_test(made.skill, k, made.train, held, seed)
+        train += [rows[i % len(rows)] for i in range(made.train)]
+        test += asked.rows
+    for side in (train, test):
+        random.Random(seed).shuffle(side)
+    return (
+        Dataset(made.skill, "train", tuple(train), "generated", f"seed {seed}"),
+        Dataset(made.skill, "test", tuple(test), "generated", f"seed {seed}"),
+    )
+
+
 def skill_adapter(
     name: str, model: str, steps: int | None = None, seed: int = 0, engine: str = "auto"
 ) -> TrainResult:
@@ -83,13 +115,7 @@ def skill_adapter(
     Returns:
         TrainResult with `train` and `test`, the disjoint rows.
     """
-    from lora_kit.skills import train_and_test
-
-    skills = [k for k, r in RECIPES.items() if r.skill]
-    if name not in skills:
-        raise unknown_name("skill recipe", name, skills)
-    made = RECIPES[name]
-    train, test = train_and_test(made.skill, made.digits, made.train, made.test, seed)
+    train, test = skill_rows(name, seed)
     spec = recipe(name, seed=seed, **({} if steps is None else {"steps": steps}))
     result = finetune(model, train, spec, engine=engine)
     return replace(result, train=train, test=test)
