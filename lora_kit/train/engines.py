@@ -1,7 +1,8 @@
-"""The engines under `finetune`: transformers + peft + trl anywhere, Unsloth on a GPU.
+"""The engines under `finetune`: transformers + peft + trl anywhere, Unsloth on a GPU, and the
+kit's own loop (`native`).
 
-Both train on the same token ids and labels, which `prompts.encode` made, through trl's SFTTrainer;
-they differ in how the model is loaded and given its adapter.
+All train on the same token ids and labels, which `prompts.encode` made. trl and Unsloth go through
+trl's SFTTrainer and differ in how the model is loaded and given its adapter.
 """
 
 from __future__ import annotations
@@ -17,20 +18,42 @@ from lora_kit.hardware import PeakMemory, detect
 from lora_kit.models import ModelFiles, load_model, load_tokenizer, quiet_libraries
 from lora_kit.train.spec import TrainSpec
 
+# trl's names for ours.
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+OPTIMIZERS = {
+    "auto": "adamw_8bit",
+    "adamw": "adamw_torch_fused",
+    "adamw-8bit": "adamw_8bit",
+    "paged-adamw": "paged_adamw_32bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+}
+
 
 @dataclass
 class Trained:
-    """What an engine hands back: the model with its adapter, and what the run was like."""
+    """What an engine hands back: the model with its adapter, and what the run was like.
+
+    The native engine counts its tokens (the others leave None), the steps it `skipped` for NaN or
+    infinity, and the step it was `resumed_at` (0: from the start).
+    """
 
     model: object
     losses: list[tuple[int, float]]
     seconds: float
     peak_memory: int
     memory_before: int
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    skipped: int = 0
+    resumed_at: int = 0
 
 
 def load_for_training(files: ModelFiles, spec: TrainSpec, engine: str):
     """The model with a fresh adapter, ready to train, and its tokenizer."""
+    if engine == "native":
+        from lora_kit.train import native
+
+        return native.load(files.path, spec)
     return (_load_unsloth if engine == "unsloth" else _load_trl)(files, spec)
 
 
@@ -78,8 +101,10 @@ def _load_unsloth(files: ModelFiles, spec: TrainSpec):
     return model, load_tokenizer(files)
 
 
-def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int) -> Trained:
+def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int, on_step=None) -> Trained:
     """Train a prepared model on encoded rows with trl's SFTTrainer.
+
+    on_step: called with each step's number and loss.
 
     Raises:
         RunFailedError: the loss or an adapter weight became NaN or infinite.
@@ -103,6 +128,8 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int) -> Tr
             if not logs or "loss" not in logs:
                 return
             losses.append((state.global_step, float(logs["loss"])))
+            if on_step:
+                on_step(*losses[-1])
             every = max(1, state.max_steps // 10)
             if state.global_step % every == 0 or state.global_step == state.max_steps:
                 passed = time.perf_counter() - started
@@ -126,12 +153,12 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int) -> Tr
             per_device_train_batch_size=spec.batch_size,
             gradient_accumulation_steps=spec.accumulation,
             learning_rate=spec.learning_rate,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type=SCHEDULERS[spec.schedule],
             warmup_steps=round(spec.warmup * steps),
             weight_decay=spec.weight_decay,
             max_grad_norm=spec.max_grad_norm,
             max_length=spec.max_length,
-            optim="adamw_torch" if hardware.device == "cpu" else "adamw_8bit",
+            optim="adamw_torch" if hardware.device == "cpu" else OPTIMIZERS[spec.optimizer],
             fp16=dtype == "float16",
             bf16=dtype == "bfloat16",
             gradient_checkpointing=spec.checkpointing,
@@ -168,10 +195,73 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int) -> Tr
     return Trained(model, losses, seconds, memory.peak, memory.before)
 
 
+def train_native(
+    model, tokenizer, rows, spec: TrainSpec, steps: int, keep=None, every=0, on_step=None
+) -> Trained:
+    """Train with the kit's own loop, taken up again from `keep`'s newest checkpoint."""
+    from lora_kit.train import native
+
+    done = native.train(model, rows, spec, steps, tokenizer.pad_token_id, keep, every, on_step)
+    run = done.progress
+    _check_finite(model, run.losses)
+    return Trained(
+        model=model,
+        losses=run.losses,
+        seconds=run.seconds,
+        peak_memory=done.peak_memory,
+        memory_before=done.memory_before,
+        tokens=run.tokens,
+        trained_tokens=run.trained_tokens,
+        skipped=run.skipped,
+        resumed_at=done.resumed_at,
+    )
+
+
 def save_adapter(model, folder: Path) -> None:
-    """Write the adapter in peft's format."""
-    with quiet_libraries():
-        model.save_pretrained(folder)
+    """Write the adapter in peft's format, read it back and compare it with memory.
+
+    Raises:
+        RunFailedError: what lies on disk is not what was trained.
+    """
+    from lora_kit.lora import lora_layers, save_lora
+
+    if lora_layers(model):
+        save_lora(model, folder)
+        wanted = {
+            f"{path}.{kind}": layer._modules[kind]["default"]
+            for path, layer in lora_layers(model).items()
+            for kind in ("lora_A", "lora_B")
+        }
+    else:
+        from peft import get_peft_model_state_dict
+
+        with quiet_libraries():
+            model.save_pretrained(folder)
+            state = get_peft_model_state_dict(model)
+        wanted = {
+            name.removeprefix("base_model.model.").removesuffix(".weight"): tensor
+            for name, tensor in state.items()
+        }
+    _check_saved(wanted, folder)
+
+
+def _check_saved(wanted: dict, folder: Path) -> None:
+    import torch
+
+    from lora_kit.lora import read_adapter
+
+    layers = read_adapter(folder).tensors
+    found = {f"{path}.{kind}": t for path, parts in layers.items() for kind, t in parts.items()}
+    differing = sorted(wanted.keys() ^ found.keys()) or [
+        name
+        for name, tensor in wanted.items()
+        if not torch.equal(tensor.detach().cpu(), found[name].to(tensor.dtype))
+    ]
+    if differing:
+        raise RunFailedError(
+            f"The adapter read back from {folder} is not the one that was trained ({differing[0]} "
+            "differs): the disk or its driver is at fault. Name another output folder."
+        )
 
 
 def _check_finite(model, losses: list[tuple[int, float]]) -> None:

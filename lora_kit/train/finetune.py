@@ -22,6 +22,8 @@ class TrainResult:
     losses: (step, training loss) of every step. tokens: all that went through the model, padding
     left out; trained_tokens: those with a label. Memory in bytes: `memory_before` held with the
     model loaded, `peak_memory` the most during training. reused: taken from an earlier run.
+    skipped: steps left out for NaN or infinity. resumed_at: the step a killed run was taken up
+    again at.
     """
 
     adapter: Path
@@ -40,6 +42,8 @@ class TrainResult:
     data: dict
     hardware: str
     reused: bool = False
+    skipped: int = 0
+    resumed_at: int = 0
     train: Dataset | None = None
     test: Dataset | None = None
 
@@ -60,6 +64,7 @@ def finetune(
     output: Path | None = None,
     engine: str = "auto",
     reuse: bool = True,
+    checkpoint_every: int = 0,
 ) -> TrainResult:
     """Fine-tune a model with LoRA or QLoRA and save the adapter in peft's format.
 
@@ -69,8 +74,10 @@ def finetune(
         spec: hyperparameters.
         output: the adapter's folder; by default one in the cache, named by everything that shapes
             the result (model, rows, hyperparameters, engine, version of the kit).
-        engine: "auto", "trl" or "unsloth"; see `choose_engine`.
+        engine: "auto", "native", "trl" or "unsloth"; see `choose_engine`.
         reuse: return a finished run of the same kind instead of repeating it.
+        checkpoint_every: steps between the native engine's checkpoints; 0 means one every two
+            minutes. The same call after a crash carries on from the newest.
 
     Returns:
         TrainResult; the adapter's folder appears only when training ended well.
@@ -101,9 +108,17 @@ def finetune(
         if reuse and (output / RECORD).exists():
             found = _read(output)
             if found is not None and found[0] == identity:
+                _checkpoints(output, identity).clear()
                 return replace(found[1], reused=True)
         store.sweep(output)
-        return _train(files, rows, spec, output, engine, why, identity)
+        return _train(files, rows, spec, output, engine, why, identity, checkpoint_every)
+
+
+def _checkpoints(output: Path, identity: dict):
+    """Where the checkpoints of a run lie: beside the adapter's folder, until that stands."""
+    from lora_kit.train.checkpoints import Checkpoints
+
+    return Checkpoints(output.with_name(f".{output.name}.checkpoints"), store.sha256_json(identity))
 
 
 def _weights_of(files) -> list[str]:
@@ -113,14 +128,14 @@ def _weights_of(files) -> list[str]:
     return [store.sha256_file(p)[:12] for p in sorted(files.path.glob("*.safetensors"))]
 
 
-def _train(files, rows, spec, output, engine, why, identity) -> TrainResult:
+def _train(files, rows, spec, output, engine, why, identity, every) -> TrainResult:
     from lora_kit.hardware import detect
     from lora_kit.train import engines
 
     model, tokenizer = engines.load_for_training(files, spec, engine)
     encoded = encode_rows(rows, tokenizer, spec)
     epoch = math.ceil(len(encoded) / (spec.batch_size * spec.accumulation))
-    steps = spec.steps or epoch
+    steps = spec.steps or math.ceil(epoch * spec.epochs)
     from lora_kit.fingerprint import fingerprint_model
 
     base = {
@@ -129,13 +144,18 @@ def _train(files, rows, spec, output, engine, why, identity) -> TrainResult:
         "revision": files.revision,
         "fingerprint": fingerprint_model(model).digest,
     }
-    done = engines.train(model, tokenizer, encoded, spec, steps)
+    keep = _checkpoints(output, identity)
+    if engine == "native":
+        done = engines.train_native(model, tokenizer, encoded, spec, steps, keep, every)
+    else:
+        done = engines.train(model, tokenizer, encoded, spec, steps)
     # Rows are drawn without replacement in every epoch, whose last step takes what is left: a run
     # of whole epochs sees each row equally often and a part of one its share on average.
     passes = steps / epoch
     counts = {
-        "tokens": round(passes * sum(len(r["input_ids"]) for r in encoded)),
-        "trained_tokens": round(passes * sum(x != -100 for r in encoded for x in r["labels"])),
+        "tokens": done.tokens or round(passes * sum(len(r["input_ids"]) for r in encoded)),
+        "trained_tokens": done.trained_tokens
+        or round(passes * sum(x != -100 for r in encoded for x in r["labels"])),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total": _count_all(model),
     }
@@ -147,6 +167,8 @@ def _train(files, rows, spec, output, engine, why, identity) -> TrainResult:
         **counts,
         "memory_before": done.memory_before,
         "peak_memory": done.peak_memory,
+        "skipped": done.skipped,
+        "resumed_at": done.resumed_at,
         "base": base,
         "data": rows.record(),
         "hardware": detect().name,
@@ -154,6 +176,7 @@ def _train(files, rows, spec, output, engine, why, identity) -> TrainResult:
     with store.new_folder(output) as part:
         engines.save_adapter(model, part)
         store.write_json(part / RECORD, {"identity": identity, **facts})
+    keep.clear()
     return _result(output, spec, facts)
 
 

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from lora_kit.architectures import check_targets
 from lora_kit.errors import BadInputError, unknown_name
 
-ENGINES = ("auto", "trl", "unsloth")
+ENGINES = ("auto", "native", "trl", "unsloth")
+SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,15 @@ class TrainSpec:
 
     rank, alpha, dropout: LoRA's; ΔW = (alpha/rank)·B·A. targets: "attention", "mlp", "all", or
     names joined by commas.
-    learning_rate: the peak, reached after `warmup` (a fraction of the steps), then a cosine to 0.
-    steps: optimiser steps; 0 means one pass over the rows. batch_size × accumulation rows a step.
+    learning_rate: the peak, reached after `warmup` (a fraction of the steps), then a cosine to 0
+    (or `schedule`: "linear" to 0, "constant"). optimizer: "adamw", "adamw-8bit", either "paged-";
+    "auto" is the engine's own choice; a CPU knows plain AdamW only.
+    steps: optimiser steps; 0 means `epochs` passes over the rows. batch_size × accumulation rows a
+    step.
     max_length: tokens; longer rows are cut. style: how rows become prompts (`prompts.FORMATS`).
     quantization: "none", or "nf4" for QLoRA. dtype: see `models.load_model`.
+    The native engine alone: packing puts several rows into a sequence, compile (True, False or
+    "auto") compiles the layers.
 
     Raises:
         BadInputError: a value out of range, named.
@@ -44,6 +51,11 @@ class TrainSpec:
     dtype: str = "auto"
     checkpointing: bool = False
     seed: int = 0
+    epochs: float = 1.0
+    schedule: str = "cosine"
+    optimizer: str = "auto"
+    packing: bool = True
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
         from lora_kit.models import DTYPES, QUANTIZATIONS
@@ -53,7 +65,7 @@ class TrainSpec:
         for name in ("rank", "batch_size", "accumulation", "max_length"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("alpha", "learning_rate", "max_grad_norm"):
+        for name in ("alpha", "learning_rate", "max_grad_norm", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadInputError(f"{name} must be above 0, not {getattr(self, name)}.")
         for name in ("dropout", "warmup"):
@@ -67,11 +79,13 @@ class TrainSpec:
             ("style", FORMATS),
             ("quantization", QUANTIZATIONS),
             ("dtype", DTYPES),
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("compile", (True, False, "auto")),
         ):
             if getattr(self, name) not in known:
-                raise BadInputError(
-                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}."
-                )
+                names = ", ".join(map(str, known))
+                raise BadInputError(f"{name} must be one of {names}, not {getattr(self, name)!r}.")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -89,8 +103,8 @@ def choose_engine(engine: str = "auto") -> tuple[str, str]:
     """
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
-    if engine == "trl":
-        return "trl", "trl was asked for."
+    if engine in ("trl", "native"):
+        return engine, f"{engine} was asked for."
     import torch
 
     asked = "Unsloth was asked for, but " if engine == "unsloth" else ""

@@ -1,0 +1,449 @@
+"""Fine-tuning engines against one another, in one run: speed, memory, held-out loss.
+
+    python benchmarks/training.py --device cuda --json training.json    # a GPU held to T4 rules
+    python benchmarks/training.py --device cuda --part speed --quick    # a few minutes
+    python benchmarks/training.py --device cpu                          # native against trl
+
+On a GPU (fp16, 15 GiB, no FlashAttention, whatever the GPU is) three parts:
+
+    speed    useful tokens a second (padding not counted) and peak GiB of QLoRA, rank 16 on all
+             linear layers, 8 Alpaca rows a step, for SmolLM2-135M and for the architecture of
+             Llama-3.2-1B with random weights; median of three stretches of steps after a warm-up
+    memory   the planner's prediction beside torch's measured peak, rows of 512 tokens
+    loss     held-out loss of SmolLM2-135M after the same rows, three seeds; these runs go side by
+             side on the GPU, so nothing is timed here
+
+Every engine has a process of its own (Unsloth patches the libraries it finds). Offline, `--model`
+names a folder with the default model (safetensors, or the GGUF file) and LORA_KIT_DATA the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+GIB = 2**30
+SMALL, LARGE = "smollm2-135m", "llama-3.2-1b"
+# name: engine, then what differs from SPEC. "usual" is what Unsloth's own notebooks set.
+WAYS = {
+    "unsloth, usual": ("unsloth", {"batch_size": 2, "accumulation": 4, "checkpointing": True}),
+    "unsloth, ours": ("unsloth", {}),
+    "trl": ("trl", {}),
+    "native": ("native", {}),
+    "native, fp16 base": ("native", {"quantization": "none"}),
+    "native, 32 rows a step": ("native", {"batch_size": 32}),
+    "native, compiled": ("native", {"compile": True}),
+}
+SPEC = {
+    "rank": 16,
+    "alpha": 16,
+    "learning_rate": 2e-4,
+    "batch_size": 8,
+    "accumulation": 1,
+    "max_length": 512,
+    "style": "alpaca",
+    "quantization": "nf4",
+    "steps": 0,
+}
+# Steps of one of the three timed stretches: enough for a second or more each.
+STRETCH = {"unsloth, usual": 3, "unsloth, ours": 6, "trl": 6}
+WARM_UP = 3
+# (checkpointing, batch) of the memory part, by model; 512 tokens a row, all with a label.
+MEMORY = {SMALL: ((False, 4), (True, 8)), LARGE: ((False, 2), (True, 4))}
+SEQ = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
+    parser.add_argument("--part", choices=("speed", "memory", "loss", "all"), default="all")
+    parser.add_argument("--model", help="folder of the default model; else fetched")
+    parser.add_argument("--json", type=Path, help="also write everything measured here")
+    parser.add_argument("--quick", action="store_true", help="shorter stretches, fewer rows")
+    parser.add_argument("--rows", type=int, default=320, help="rows of the loss part")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the loss part")
+    parser.add_argument("--only", help="only the engine with this name: native, trl, unsloth")
+    parser.add_argument("--budget", type=float, default=570, help="start nothing after seconds")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        child(json.loads(args.job), Path(args.out))
+        return
+    results = measure(args)
+    report(results)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------ the parent: order and budget
+
+
+def measure(args) -> list[dict]:
+    started = time.perf_counter()
+    # Checked here once and left alone in the children.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if args.device == "cuda":
+        os.environ["LORA_KIT_T4_RULES"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        models = prepare(args, scratch)
+        jobs = list(plan(args, models))
+        results = [{"part": "machine", **machine(args)}]
+        waves = [[j] for j in jobs if j["part"] != "loss"]
+        loss = [j for j in jobs if j["part"] == "loss"]
+        waves += [loss] if loss else []
+        for wave in waves:
+            passed = time.perf_counter() - started
+            names = ", ".join(sorted({f"{j['part']} {j['name']}" for j in wave}))
+            if passed > args.budget:
+                results.append({"part": "skipped", "name": names})
+                continue
+            print(f"{passed:5.0f} s  {names}", flush=True)
+            limit = args.budget + 25 - passed if args.device == "cuda" else None
+            results += run_side_by_side(wave, scratch, limit)
+        results[0]["seconds"] = time.perf_counter() - started
+    return results
+
+
+def plan(args, models: dict[str, str]):
+    """The jobs in the order of what matters most."""
+    if args.device == "cpu":
+        for turn in range(3):
+            for engine in ("native", "trl"):
+                runs = [
+                    {"way": engine, "model": SMALL, "path": models[SMALL], "stretch": 1}
+                    | {"stretches": 1 if args.quick else 2, "seed": 0, "cpu": True}
+                ]
+                yield {"part": "speed", "name": engine, "runs": runs, "turn": turn}
+        return
+    chosen = [w for w in WAYS if args.only in (None, WAYS[w][0])]
+    sizes = (SMALL, LARGE)
+    for engine in ("unsloth", "trl", "native"):
+        ways = [w for w in chosen if WAYS[w][0] == engine and "compiled" not in w]
+        runs = []
+        if args.part in ("speed", "all"):
+            stretch = 4 if args.quick else 20
+            runs += [
+                {"way": w, "model": m, "path": models[m], "stretches": 3, "seed": 0}
+                | {"stretch": min(STRETCH.get(w, stretch), stretch)}
+                for m in sizes
+                for w in ways
+            ]
+        if args.part in ("memory", "all") and ways:
+            runs += [
+                {"memory": engine, "model": m, "path": models[m], "batch": b, "checkpointing": c}
+                for m in sizes
+                for c, b in MEMORY[m]
+            ]
+        if runs:
+            yield {"part": args.part, "name": engine, "runs": runs}
+    if args.part in ("speed", "all") and "native, compiled" in chosen:
+        runs = [
+            {"way": "native, compiled", "model": m, "path": models[m], "stretch": 20}
+            | {"stretches": 3, "seed": 0}
+            for m in sizes
+        ]
+        yield {"part": "speed", "name": "native, compiled", "runs": runs}
+    if args.part in ("loss", "all"):
+        for way in ("unsloth, usual", "unsloth, ours", "trl", "native"):
+            for seed in range(args.seeds if way in chosen else 0):
+                runs = [{"way": way, "model": SMALL, "path": models[SMALL], "seed": seed}]
+                runs[0]["rows"] = 64 if args.quick else args.rows
+                yield {"part": "loss", "name": way, "runs": runs}
+
+
+def run_side_by_side(wave: list[dict], scratch: Path, limit: float | None) -> list[dict]:
+    running = []
+    for i, job in enumerate(wave):
+        out, log = scratch / f"{i}.jsonl", scratch / f"{i}.log"
+        out.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--job", json.dumps(job), "--out", str(out)]
+        environment = dict(os.environ)
+        if job["part"] == "loss":
+            environment["OMP_NUM_THREADS"] = "1"
+        with open(log, "w") as f:
+            process = subprocess.Popen(command, stdout=f, stderr=f, env=environment)
+        running.append((job, process, out, log))
+    results, until = [], time.monotonic() + (limit or 1e9)
+    for job, process, out, log in running:
+        try:
+            code = process.wait(max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = "out of time"
+        if out.exists():
+            lines = out.read_text().splitlines()
+            results += [json.loads(line) | {"turn": job.get("turn", 0)} for line in lines]
+        if code != 0:
+            tail = log.read_text()[-1500:]
+            print(f"{job['name']} ended with {code}:\n{tail}", file=sys.stderr)
+            results.append({"part": "failed", "name": job["name"], "code": code, "log": tail})
+    return results
+
+
+def prepare(args, scratch: Path) -> dict[str, str]:
+    """The folders of the two models; the large one is made here, with random weights."""
+    import torch
+
+    from lora_kit.models import _convert_gguf, fetch_model
+
+    folder = Path(args.model) if args.model else None
+    ggufs = sorted(folder.glob("*.gguf")) if folder else []
+    if ggufs:
+        small = scratch / SMALL
+        _convert_gguf(ggufs[0], small)
+    else:
+        small = fetch_model(args.model or "smollm2-135m-instruct").path
+    models = {SMALL: str(small)}
+    if args.device == "cpu":
+        return models
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from lora_kit.architectures import architecture
+
+    a = architecture(LARGE)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    config = LlamaConfig(
+        hidden_size=a.hidden_size,
+        intermediate_size=a.intermediate_size,
+        num_hidden_layers=a.num_layers,
+        num_attention_heads=a.num_heads,
+        num_key_value_heads=a.num_kv_heads,
+        vocab_size=a.vocab_size,
+        max_position_embeddings=a.max_position,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(scratch / LARGE)
+    tokenizer.save_pretrained(scratch / LARGE)
+    del model
+    torch.cuda.empty_cache()
+    return models | {LARGE: str(scratch / LARGE)}
+
+
+def machine(args) -> dict:
+    import importlib.metadata as meta
+
+    from lora_kit.hardware import detect
+
+    versions = {}
+    for package in ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth"):
+        try:
+            versions[package] = meta.version(package)
+        except meta.PackageNotFoundError:
+            versions[package] = None
+    command = " ".join(["python", *sys.argv])
+    return {"hardware": detect().name, "versions": versions, "command": command}
+
+
+# ------------------------------------------------------------------ the child: one engine
+
+
+def child(job: dict, out: Path) -> None:
+    engine = job["runs"][0].get("memory") or WAYS[job["runs"][0]["way"]][0]
+    from lora_kit.train import choose_engine
+
+    got, why = choose_engine(engine)  # imports Unsloth before anything else does
+    if got != engine:
+        raise SystemExit(why)
+    from lora_kit.hardware import hold_to_t4_rules
+
+    if hold_to_t4_rules():
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(False)  # a T4 has no fused attention of cuDNN either
+    for run in job["runs"]:
+        measured = memory_run(run) if "memory" in run else training_run(run, job["part"] == "loss")
+        with open(out, "a") as f:
+            f.write(json.dumps(measured) + "\n")
+
+
+def load(engine: str, path: str, spec):
+    from lora_kit.models import ModelFiles
+    from lora_kit.train import engines
+
+    files = ModelFiles(Path(path).name, Path(path), "folder", "")
+    return engines.load_for_training(files, spec, engine)
+
+
+def run_engine(engine: str, model, tokenizer, rows, spec, steps: int, on_step=None):
+    from lora_kit.train import engines
+
+    if engine == "native":
+        return engines.train_native(model, tokenizer, rows, spec, steps, on_step=on_step)
+    return engines.train(model, tokenizer, rows, spec, steps, on_step)
+
+
+def alpaca(tokenizer, spec, start: int, count: int) -> list[dict]:
+    from lora_kit.data import load_rows
+    from lora_kit.train.finetune import encode_rows
+
+    rows = load_rows("alpaca", "train", limit=start + count)
+    from dataclasses import replace
+
+    return encode_rows(replace(rows, rows=rows.rows[start:]), tokenizer, spec)
+
+
+def training_run(run: dict, with_loss: bool) -> dict:
+    from lora_kit.train import TrainSpec
+
+    engine, changes = WAYS[run["way"]]
+    changes = {**changes, "seed": run["seed"]}
+    if run.get("cpu"):
+        changes["quantization"] = "none"
+    spec = TrainSpec(**{**SPEC, **changes})
+    model, tokenizer = load(engine, run["path"], spec)
+    per_step = spec.batch_size * spec.accumulation
+    warm_up = 1 if run.get("cpu") else WARM_UP
+    if with_loss:
+        rows = alpaca(tokenizer, spec, 0, run["rows"])
+        steps = -(-len(rows) // per_step)
+    else:
+        steps = warm_up + run["stretches"] * run["stretch"]
+        rows = alpaca(tokenizer, spec, 0, steps * per_step)[: steps * per_step]
+    times = []
+    done = run_engine(
+        engine, model, tokenizer, rows, spec, steps, lambda *_: times.append(time.perf_counter())
+    )
+    tokens = sum(len(r["input_ids"]) for r in rows) / steps
+    measured = {
+        "part": "loss" if with_loss else "speed",
+        **{k: run[k] for k in ("way", "model", "seed")},
+        "steps": steps,
+        "rows_a_step": per_step,
+        "tokens_a_step": tokens,
+        "peak_gib": done.peak_memory / GIB,
+        "first_loss": done.losses[0][1],
+        "last_loss": statistics.fmean(loss for _, loss in done.losses[-5:]),
+        "skipped": done.skipped,
+    }
+    if with_loss:
+        measured["losses"] = [round(loss, 5) for _, loss in done.losses]
+        measured["heldout_loss"] = heldout(model, tokenizer, alpaca(tokenizer, spec, 2000, 100))
+    else:
+        k = run["stretch"]
+        marks = times[warm_up - 1 :: k]
+        measured["tokens_per_second"] = [tokens * k / (b - a) for a, b in itertools.pairwise(marks)]
+    return measured
+
+
+def heldout(model, tokenizer, rows) -> float:
+    import torch
+
+    from lora_kit.train import heldout_loss
+
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # Unsloth leaves them out otherwise
+    model.eval()
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.float16, enabled=device == "cuda"):
+        return heldout_loss(model, tokenizer, rows)
+
+
+def memory_run(run: dict) -> dict:
+    import gc
+
+    import torch
+
+    from lora_kit.architectures import architecture
+    from lora_kit.memory import plan_memory
+    from lora_kit.train import TrainSpec
+
+    engine = run["memory"]
+    changes = {"batch_size": run["batch"], "checkpointing": run["checkpointing"]}
+    spec = TrainSpec(**{**SPEC, **changes})
+    gc.collect()
+    torch.cuda.empty_cache()
+    model, tokenizer = load(engine, run["path"], spec)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 40_000, (3 * run["batch"], SEQ), generator=generator).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    done = run_engine(engine, model, tokenizer, rows, spec, 3)
+    predicted = plan_memory(
+        architecture(run["model"]),
+        rank=spec.rank,
+        targets="all",
+        batch=run["batch"],
+        seq=SEQ,
+        dtype="float16",
+        quantization="nf4-double",
+        optimizer="adamw" if engine == "native" else "adamw-8bit",
+        checkpointing=run["checkpointing"],
+    )
+    measured = {
+        "part": "memory",
+        "engine": engine,
+        **{k: run[k] for k in ("model", "batch", "checkpointing")},
+        "loaded_gib": done.memory_before / GIB,
+        "peak_gib": done.peak_memory / GIB,
+        "planned_gib": predicted.torch_bytes / GIB,
+        "planned": {name: size / GIB for name, size in predicted.rows},
+    }
+    del model, done
+    return measured
+
+
+# ------------------------------------------------------------------ tables
+
+
+def report(results: list[dict]) -> None:
+    facts = results[0]
+    print(f"\n{facts['hardware']}; {facts['seconds']:.0f} s")
+    print(", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v))
+    speed = [r for r in results if r["part"] == "speed"]
+    for model in (SMALL, LARGE):
+        rows = {}
+        for r in speed:
+            if r["model"] == model:
+                kept = rows.setdefault(r["way"], {**r, "tokens_per_second": []})
+                kept["tokens_per_second"] += r["tokens_per_second"]
+        if not rows:
+            continue
+        medians = {w: statistics.median(r["tokens_per_second"]) for w, r in rows.items()}
+        base = next((w for w in ("unsloth, usual", "trl") if w in rows), next(iter(rows)))
+        print(f"\n{model:<26}{'tokens/s':>10}{'(range)':>18}{'ratio':>8}{'peak GiB':>10}")
+        for way, r in rows.items():
+            rates = r["tokens_per_second"]
+            spread = f"{min(rates):,.0f}-{max(rates):,.0f}"
+            ratio = medians[way] / medians[base]
+            print(f"{way:<26}{medians[way]:>10,.0f}{spread:>18}{ratio:>8.2f}{r['peak_gib']:>10.2f}")
+    memory = [r for r in results if r["part"] == "memory"]
+    if memory:
+        print(f"\n{'memory, 512 tokens a row':<40}{'planned':>9}{'peak':>9}{'error':>9}")
+        for r in memory:
+            how = "checkpointing" if r["checkpointing"] else "no checkpointing"
+            name = f"{r['model']} {r['engine']}, {r['batch']} rows, {how}"
+            error = r["planned_gib"] / r["peak_gib"] - 1
+            print(f"{name:<52}{r['planned_gib']:>9.2f}{r['peak_gib']:>9.2f}{error:>+9.1%}")
+    loss = [r for r in results if r["part"] == "loss"]
+    if loss:
+        print(f"\n{'held-out loss by seed':<26}{'mean':>8}   rows {loss[0]['steps'] * 8}")
+        for way in dict.fromkeys(r["way"] for r in loss):
+            values = [r["heldout_loss"] for r in loss if r["way"] == way]
+            each = "  ".join(f"{v:.4f}" for v in values)
+            print(f"{way:<26}{statistics.fmean(values):>8.4f}   {each}")
+    for r in results:
+        if r["part"] in ("failed", "skipped"):
+            print(f"{r['part']}: {r['name']} {r.get('code', '')}")
+
+
+if __name__ == "__main__":
+    main()
