@@ -66,11 +66,11 @@ SEQ = 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
-    parser.add_argument("--part", choices=("speed", "memory", "loss", "all"), default="all")
+    parser.add_argument("--part", default="speed,memory,loss", help="some of speed,memory,loss")
     parser.add_argument("--model", help="folder of the default model; else fetched")
     parser.add_argument("--json", type=Path, help="also write everything measured here")
     parser.add_argument("--quick", action="store_true", help="shorter stretches, fewer rows")
-    parser.add_argument("--rows", type=int, default=320, help="rows of the loss part")
+    parser.add_argument("--rows", type=int, default=240, help="rows of the loss part")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the loss part")
     parser.add_argument("--only", help="only the engine with this name: native, trl, unsloth")
     parser.add_argument("--budget", type=float, default=570, help="start nothing after seconds")
@@ -80,10 +80,10 @@ def main() -> None:
     if args.job:
         child(json.loads(args.job), Path(args.out))
         return
-    results = measure(args)
-    report(results)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    args.part = set(args.part.split(","))
+    if unknown := args.part - {"speed", "memory", "loss"}:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    report(measure(args))
 
 
 # ------------------------------------------------------------------ the parent: order and budget
@@ -99,7 +99,7 @@ def measure(args) -> list[dict]:
         scratch = Path(folder)
         models = prepare(args, scratch)
         jobs = list(plan(args, models))
-        results = [{"part": "machine", **machine(args)}]
+        results = [{"part": "machine", "seconds": 0, **machine(args)}]
         waves = [[j] for j in jobs if j["part"] != "loss"]
         loss = [j for j in jobs if j["part"] == "loss"]
         waves += [loss] if loss else []
@@ -112,7 +112,9 @@ def measure(args) -> list[dict]:
             print(f"{passed:5.0f} s  {names}", flush=True)
             limit = args.budget + 25 - passed if args.device == "cuda" else None
             results += run_side_by_side(wave, scratch, limit)
-        results[0]["seconds"] = time.perf_counter() - started
+            results[0]["seconds"] = time.perf_counter() - started
+            if args.json:  # after every process: what breaks off later loses nothing
+                args.json.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -129,10 +131,10 @@ def plan(args, models: dict[str, str]):
         return
     chosen = [w for w in WAYS if args.only in (None, WAYS[w][0])]
     sizes = (SMALL, LARGE)
-    for engine in ("unsloth", "trl", "native"):
+    for engine in ("native", "trl", "unsloth"):  # the quickest first: nothing waits in vain
         ways = [w for w in chosen if WAYS[w][0] == engine and "compiled" not in w]
         runs = []
-        if args.part in ("speed", "all"):
+        if "speed" in args.part:
             stretch = 4 if args.quick else 20
             runs += [
                 {"way": w, "model": m, "path": models[m], "stretches": 3, "seed": 0}
@@ -140,22 +142,19 @@ def plan(args, models: dict[str, str]):
                 for m in sizes
                 for w in ways
             ]
-        if args.part in ("memory", "all") and ways:
+        if "memory" in args.part and ways:
             runs += [
                 {"memory": engine, "model": m, "path": models[m], "batch": b, "checkpointing": c}
-                for m in sizes
+                for m in (sizes if engine != "unsloth" else (LARGE,))
                 for c, b in MEMORY[m]
             ]
         if runs:
-            yield {"part": args.part, "name": engine, "runs": runs}
-    if args.part in ("speed", "all") and "native, compiled" in chosen:
-        runs = [
-            {"way": "native, compiled", "model": m, "path": models[m], "stretch": 20}
-            | {"stretches": 3, "seed": 0}
-            for m in sizes
-        ]
-        yield {"part": "speed", "name": "native, compiled", "runs": runs}
-    if args.part in ("loss", "all"):
+            yield {"part": "timed", "name": engine, "runs": runs}
+    if "speed" in args.part and "native, compiled" in chosen:
+        run = {"way": "native, compiled", "model": LARGE, "path": models[LARGE]}
+        run |= {"stretch": 20, "stretches": 3, "seed": 0}
+        yield {"part": "speed", "name": "native, compiled", "runs": [run]}
+    if "loss" in args.part:
         for way in ("unsloth, usual", "unsloth, ours", "trl", "native"):
             for seed in range(args.seeds if way in chosen else 0):
                 runs = [{"way": way, "model": SMALL, "path": models[SMALL], "seed": seed}]
@@ -207,7 +206,7 @@ def prepare(args, scratch: Path) -> dict[str, str]:
     else:
         small = fetch_model(args.model or "smollm2-135m-instruct").path
     models = {SMALL: str(small)}
-    if args.device == "cpu":
+    if args.device == "cpu" or args.part == {"loss"}:
         return models
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -271,8 +270,22 @@ def child(job: dict, out: Path) -> None:
         import torch
 
         torch.backends.cuda.enable_cudnn_sdp(False)  # a T4 has no fused attention of cuDNN either
+    import gc
+    import traceback
+
+    import torch
+
     for run in job["runs"]:
-        measured = memory_run(run) if "memory" in run else training_run(run, job["part"] == "loss")
+        try:
+            loss = job["part"] == "loss"
+            measured = memory_run(run) if "memory" in run else training_run(run, loss)
+        except Exception:  # one setting that fails must not take the others with it
+            name = f"{run.get('way', 'memory')} on {run['model']}"
+            measured = {"part": "failed", "name": name, "log": traceback.format_exc()[-3000:]}
+            print(measured["log"], file=sys.stderr)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         with open(out, "a") as f:
             f.write(json.dumps(measured) + "\n")
 
@@ -359,8 +372,6 @@ def heldout(model, tokenizer, rows) -> float:
 
 
 def memory_run(run: dict) -> dict:
-    import gc
-
     import torch
 
     from lora_kit.architectures import architecture
@@ -370,8 +381,6 @@ def memory_run(run: dict) -> dict:
     engine = run["memory"]
     changes = {"batch_size": run["batch"], "checkpointing": run["checkpointing"]}
     spec = TrainSpec(**{**SPEC, **changes})
-    gc.collect()
-    torch.cuda.empty_cache()
     model, tokenizer = load(engine, run["path"], spec)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 40_000, (3 * run["batch"], SEQ), generator=generator).tolist()
@@ -388,7 +397,7 @@ def memory_run(run: dict) -> dict:
         optimizer="adamw" if engine == "native" else "adamw-8bit",
         checkpointing=run["checkpointing"],
     )
-    measured = {
+    return {
         "part": "memory",
         "engine": engine,
         **{k: run[k] for k in ("model", "batch", "checkpointing")},
@@ -397,8 +406,6 @@ def memory_run(run: dict) -> dict:
         "planned_gib": predicted.torch_bytes / GIB,
         "planned": {name: size / GIB for name, size in predicted.rows},
     }
-    del model, done
-    return measured
 
 
 # ------------------------------------------------------------------ tables
@@ -442,7 +449,8 @@ def report(results: list[dict]) -> None:
             print(f"{way:<26}{statistics.fmean(values):>8.4f}   {each}")
     for r in results:
         if r["part"] in ("failed", "skipped"):
-            print(f"{r['part']}: {r['name']} {r.get('code', '')}")
+            last = r.get("log", "").strip().splitlines()[-1:]
+            print(f"{r['part']}: {r['name']} {r.get('code', '')} {' '.join(last)}")
 
 
 if __name__ == "__main__":
