@@ -86,8 +86,8 @@ class ModelFingerprint:
             distance, allowed = _compare(sample, other.samples[path])
             if not distance <= allowed:
                 return (
-                    f"{pair}: the weights of {path} differ by {distance:.1%} "
-                    f"where storage explains at most {allowed:.1%}."
+                    f"{pair}: the weights of {path} differ by {100 * distance:.3g}% "
+                    f"where storage explains at most {100 * allowed:.3g}%."
                 )
         return None
 
