@@ -114,6 +114,37 @@ def plan(
 
 
 @app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="A registry name, or a model's folder.")],
+    data: Annotated[str, typer.Option(help="JSONL, JSON or CSV file, data set, or hub id.")],
+    recipe: Annotated[str, typer.Option(help="Named hyperparameters; 'list' shows them.")] = (
+        "alpaca"
+    ),
+    engine: Annotated[str, typer.Option(help="auto, native, trl or unsloth.")] = "auto",
+    output: Annotated[Path | None, typer.Option("-o", help="The adapter's folder.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one value.")
+    ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Rename a field of the rows.")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option(help="Rows kept for measuring.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use so many rows.")] = None,
+    report_only: Annotated[bool, typer.Option(help="Stop after the report.")] = False,
+) -> None:
+    """Fine-tune a model on your rows. The same command carries on after a crash."""
+    from lora_kit.train import from_data
+    from lora_kit.train.recipes import changed_recipe, describe_recipes
+
+    if recipe == "list":
+        print(describe_recipes())
+        return
+    spec = changed_recipe(recipe, _pairs(change, "--set"))
+    names = _pairs(field, "--field")
+    from_data.finetune_from(model, data, spec, engine, output, held_out, limit, names, report_only)
+
+
+@app.command()
 def models() -> None:
     """The models the kit knows by name: size, licence, source, whether cached."""
     from lora_kit.models import MODELS, cached_models
@@ -164,6 +195,13 @@ def main(arguments: list[str] | None = None) -> None:
     except LoraKitError as e:
         print(f"lora-kit: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _pairs(words: list[str] | None, option: str) -> dict[str, str]:
+    for word in words or []:
+        if "=" not in word:
+            raise BadInputError(f"{option} {word} lacks its value: write {option} NAME=VALUE.")
+    return dict(word.split("=", 1) for word in words or [])
 
 
 def _pair_parameters(words: list[str]) -> list[str]:

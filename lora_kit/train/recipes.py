@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lora_kit.data import Dataset
-from lora_kit.errors import unknown_name
+from lora_kit.errors import BadInputError, unknown_name
 from lora_kit.train.finetune import TrainResult, finetune
+from lora_kit.train.papers import PAPER_RECIPES, Recipe, format_recipe
 from lora_kit.train.spec import TrainSpec
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A TrainSpec and where its values come from. For a generated skill also its rows: `digits`,
-    and `train` and `test` rows for each number of digits (see `skill_rows`)."""
-
-    spec: TrainSpec
-    source: str
-    skill: str | None = None
-    digits: tuple[int, ...] = ()
-    train: int = 0
-    test: int = 0
-
 
 RECIPES: dict[str, Recipe] = {
     "addition": Recipe(
@@ -57,6 +44,7 @@ RECIPES: dict[str, Recipe] = {
         "Rank 16 on all linear layers and 4-bit NF4 as in QLoRA (Dettmers et al. 2023, section 4); "
         "rate 2e-4 is QLoRA's for 7B (its Table 9); batch and length are ours, for a T4.",
     ),
+    **PAPER_RECIPES,
 }
 
 
@@ -69,6 +57,33 @@ def recipe(name: str, **changes) -> TrainSpec:
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     return replace(RECIPES[name].spec, **changes)
+
+
+def changed_recipe(name: str, changes: dict[str, str]) -> TrainSpec:
+    """The TrainSpec of a recipe with values given as words, as a command line has them.
+
+    Raises:
+        UnknownNameError: no such recipe or hyperparameter; BadInputError: a word that is no value.
+    """
+    spec, values = recipe(name), {}
+    for key, word in changes.items():
+        known = spec.to_dict()
+        if key not in known:
+            raise unknown_name("hyperparameter", key, known)
+        kind = type(known[key])
+        try:
+            if kind is bool or word.lower() in ("true", "false"):
+                values[key] = {"true": True, "false": False}[word.lower()]
+            else:
+                values[key] = kind(word)
+        except (ValueError, KeyError):
+            raise BadInputError(f"{key} takes a {kind.__name__}, not {word!r}.") from None
+    return replace(spec, **values)
+
+
+def describe_recipes() -> str:
+    """Every recipe with its values and where they come from."""
+    return "\n".join(f"{name}: {format_recipe(made)}" for name, made in RECIPES.items())
 
 
 def skill_rows(name: str, seed: int = 0) -> tuple[Dataset, Dataset]:
