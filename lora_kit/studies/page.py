@@ -45,13 +45,14 @@ def write_page(folder: Path, records: list[Record]) -> Path:
 
 def gains(records: list[Record]) -> list[dict]:
     """Pairs of metrics named `<what>_before` and `<what>_after`, as per cent with intervals."""
-    metrics = {name: m for r in records for name, m in r.metrics.items()}
     found = []
-    for name, before in metrics.items():
-        after = metrics.get(name.removesuffix("_before") + "_after")
-        if name.endswith("_before") and after is not None:
-            what = name.removesuffix("_before").replace("_", " ")
-            found.append({"what": what, "before": _percent(before), "after": _percent(after)})
+    for record in records:
+        for name, before in record.metrics.items():
+            after = record.metrics.get(name.removesuffix("_before") + "_after")
+            if name.endswith("_before") and after is not None:
+                pair = {"before": _percent(before), "after": _percent(after)}
+                what = name.removesuffix("_before").replace("_", " ")
+                found.append({"what": what, "study": record.study[:2], **pair})
     return found
 
 
