@@ -8,6 +8,7 @@ ungated repositories first, and the commit they came from is kept.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -333,8 +334,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The dequantisation's own progress bar heeds no setting: it writes to stderr.
-    with quiet_libraries(), open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+    with quiet_libraries(), _no_gguf_bar():
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
@@ -350,3 +350,18 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     with quiet_libraries():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """Transformers draws a bar while it dequantises, heeding none of its own settings; in a
+    notebook it would stay among the outputs."""
+    from tqdm.std import tqdm
+    from transformers import modeling_gguf_pytorch_utils as gguf_utils
+
+    drawn = gguf_utils.tqdm
+    gguf_utils.tqdm = functools.partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        gguf_utils.tqdm = drawn
