@@ -6,6 +6,7 @@ code; `hold_to_t4_rules` makes a bigger GPU obey what a Colab T4 allows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -206,6 +207,39 @@ class PeakMemory:
     def delta(self) -> int:
         """Bytes above what was held before the block."""
         return self.peak - self.before
+
+
+class ChildrenMemory:
+    """The most resident memory this process's children held together during a block, in bytes.
+
+    For work done elsewhere, as a notebook's kernel does it; sampled every 0.2 s. `peak` is 0 where
+    there was no child.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def __enter__(self) -> ChildrenMemory:
+        import psutil
+
+        process = psutil.Process()
+        self._done = threading.Event()
+
+        def watch() -> None:
+            while not self._done.wait(0.2):
+                held = 0
+                for child in process.children(recursive=True):
+                    with contextlib.suppress(psutil.Error):  # it may end while we look
+                        held += child.memory_info().rss
+                self.peak = max(self.peak, held)
+
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._watcher.join()
 
 
 def advice(hardware: Hardware) -> list[str]:

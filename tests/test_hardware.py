@@ -1,6 +1,8 @@
 """What a machine may do, on this one and on ones that are not here."""
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -8,7 +10,15 @@ import pytest
 
 from lora_kit import hardware
 from lora_kit.errors import BadInputError
-from lora_kit.hardware import GIB, PeakMemory, advice, choose_dtype, detect, report
+from lora_kit.hardware import (
+    GIB,
+    ChildrenMemory,
+    PeakMemory,
+    advice,
+    choose_dtype,
+    detect,
+    report,
+)
 
 T4 = ("Tesla T4", (7, 5), int(14.7 * GIB))
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0), 79 * GIB)
@@ -168,3 +178,13 @@ def test_peak_memory_on_a_gpu_is_what_torch_counts(fake_gpu, monkeypatch):
     with PeakMemory() as memory:
         pass
     assert (memory.before, memory.peak, memory.delta) == (100, 350, 250)
+
+
+def test_children_memory_sees_what_a_child_held():
+    with ChildrenMemory() as none:
+        pass
+    hold = "b = bytearray(200_000_000); import time; time.sleep(1.5)"
+    with ChildrenMemory() as some:
+        subprocess.run([sys.executable, "-c", hold], check=True)
+    assert none.peak == 0
+    assert 200e6 < some.peak < 400e6

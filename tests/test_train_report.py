@@ -220,7 +220,7 @@ print(done.resumed_at, done.adapter)
 def contents(folder):
     """All tensors of an adapter and what is noted beside them."""
     with safe_open(f"{folder}/adapter_model.safetensors", "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
 
 
 def test_the_same_command_after_kill_9_ends_with_the_same_adapter(tiny_folder, mine, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_kit import store
 from lora_kit.errors import BadInputError, CorruptFileError, RunFailedError, unknown_name
+from lora_kit.hardware import ChildrenMemory
 from lora_kit.notebook import MIME, SET_SWITCH, match_parameters, parameter_set
 from lora_kit.studies.records import Record, new_record, write_record
 
@@ -29,7 +30,8 @@ class RunResult:
 
 def list_notebooks() -> list[str]:
     """The course's notebooks, by name, in order."""
-    return sorted(p.stem for p in (store.repository() / "notebooks").glob("*.ipynb"))
+    # A name that starts with a letter or digit: not the half-made file of a run in place.
+    return sorted(p.stem for p in (store.repository() / "notebooks").glob("[!.]*.ipynb"))
 
 
 def find_notebook(name: str) -> Path:
@@ -151,10 +153,11 @@ def run_notebook(
     record_path.unlink(missing_ok=True)  # an earlier run's record must not stand beside this one
     command = command or _command(path, given)
     started = time.perf_counter()
-    with _environment(output):
+    with _environment(output), ChildrenMemory() as memory:
         _execute(path, target, given)
     seconds = time.perf_counter() - started
-    record = _record(path, target, {**notebook_parameters(path), **given}, command, seconds)
+    given = {**notebook_parameters(path), **given}
+    record = _record(path, target, given, command, seconds, memory.peak)
     return RunResult(target, write_record(record, record_path), record)
 
 
@@ -246,7 +249,9 @@ def _environment(output: Path | None):
                 os.environ[key] = value
 
 
-def _record(path: Path, target: Path, parameters, command: str, seconds: float) -> Record:
+def _record(
+    path: Path, target: Path, parameters, command: str, seconds: float, kernel_bytes: int
+) -> Record:
     import nbformat
 
     metrics, tables, facts = collect_notes(nbformat.read(target, as_version=4))
@@ -259,7 +264,8 @@ def _record(path: Path, target: Path, parameters, command: str, seconds: float) 
         tables=tables,
         seed=seed if isinstance(seed, int) else None,
         seconds=round(seconds, 2),
-        peak_memory_bytes=facts.get("peak_memory_bytes"),
+        # What the notebook measured around its own work, else what its kernel held.
+        peak_memory_bytes=facts.get("peak_memory_bytes") or kernel_bytes or None,
         model=facts.get("model"),
         data=facts.get("data"),
     )
