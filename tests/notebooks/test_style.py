@@ -268,7 +268,7 @@ BAD = [
     ("no_machine_paths", output(r"C:\Users\ann"), "path C:"),
     ("no_machine_paths", metadata(5, path="/home/ann/kit"), "cell 5"),
     ("no_machine_paths", metadata(None, home="/home/ann/kit"), "notebook's metadata"),
-    ("no_machine_paths", source(5, f"{USE}\nopen('/home/ann/x')"), "/home/ann/x"),
+    ("no_machine_paths", source(5, f"{USE}\nopen('/home/ann/x')"), "/home/ann"),
     ("size", output("x" * 300_000), "300,000 is wanted"),
     ("file_format", same_ids, "missing or repeated"),
     ("file_format", field("nbformat_minor", 4), "need 4.5"),
