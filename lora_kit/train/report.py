@@ -22,7 +22,8 @@ from lora_kit.train.spec import TrainSpec
 
 BINS = 8
 # What share of a large matrix product's speed a training step reaches, and the least time a layer
-# takes on a GPU however short its rows (launching its kernels, forward and backward).
+# takes on a GPU however short its rows (launching its kernels, forward and backward). Assumed: no
+# run has calibrated them yet, so the minutes they give are an order of magnitude.
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.3}
 LAYER_SECONDS = 0.0015
 
