@@ -9,9 +9,10 @@ On a GPU (fp16, 15 GiB, no FlashAttention, whatever the GPU is) three parts:
     speed    useful tokens a second (padding not counted) and peak GiB of QLoRA, rank 16 on all
              linear layers, 8 Alpaca rows a step, for SmolLM2-135M and for the architecture of
              Llama-3.2-1B with random weights; median of three stretches of steps after a warm-up
-    memory   the planner's prediction beside torch's measured peak, rows of 512 tokens
-    loss     held-out loss of SmolLM2-135M after the same rows, three seeds; these runs go side by
-             side on the GPU, so nothing is timed here
+    memory   the planner's prediction beside torch's measured peak, rows of 384 tokens
+    loss     held-out loss of SmolLM2-135M after the same rows, three seeds
+
+Runs of the last two parts go side by side on the GPU, each in its own process: nothing is timed.
 
 Every engine has a process of its own (Unsloth patches the libraries it finds). Offline, `--model`
 names a folder with the default model (safetensors, or the GGUF file) and LORA_KIT_DATA the rows.
@@ -40,6 +41,7 @@ WAYS = {
     "unsloth, ours": ("unsloth", {}),
     "trl": ("trl", {}),
     "native": ("native", {}),
+    "native, no graphs": ("native", {"compile": False}),
     "native, fp16 base": ("native", {"quantization": "none"}),
     "native, 32 rows a step": ("native", {"batch_size": 32}),
     "native, compiled": ("native", {"compile": True}),
@@ -50,17 +52,25 @@ SPEC = {
     "learning_rate": 2e-4,
     "batch_size": 8,
     "accumulation": 1,
+    "checkpointing": False,
     "max_length": 512,
     "style": "alpaca",
     "quantization": "nf4",
     "steps": 0,
 }
 # Steps of one of the three timed stretches: enough for a second or more each.
-STRETCH = {"unsloth, usual": 3, "unsloth, ours": 6, "trl": 6}
+STRETCH = {
+    "unsloth, usual": 3,
+    "unsloth, ours": 6,
+    "trl": 6,
+    "native, no graphs": 10,
+    "native, 32 rows a step": 40,
+    "native, compiled": 20,
+}
 WARM_UP = 3
-# (checkpointing, batch) of the memory part, by model; 512 tokens a row, all with a label.
-MEMORY = {SMALL: ((False, 4), (True, 8)), LARGE: ((False, 2), (True, 4))}
-SEQ = 512
+# (checkpointing, batch) of the memory part, by model; all tokens have a label.
+MEMORY = {SMALL: ((False, 6), (True, 12)), LARGE: ((False, 3), (True, 8))}
+SEQ = 384
 
 
 def main() -> None:
@@ -95,14 +105,16 @@ def measure(args) -> list[dict]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if args.device == "cuda":
         os.environ["LORA_KIT_T4_RULES"] = "1"
+    from lora_kit.data import load_rows
+
+    load_rows("alpaca", "train", limit=1)  # says now, not in each child, that they are missing
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         models = prepare(args, scratch)
         jobs = list(plan(args, models))
         results = [{"part": "machine", "seconds": 0, **machine(args)}]
-        waves = [[j] for j in jobs if j["part"] != "loss"]
-        loss = [j for j in jobs if j["part"] == "loss"]
-        waves += [loss] if loss else []
+        waves = [[j] for j in jobs if j["part"] in ("timed", "speed")]
+        waves += [w for p in ("memory", "loss") if (w := [j for j in jobs if j["part"] == p])]
         for wave in waves:
             passed = time.perf_counter() - started
             names = ", ".join(sorted({f"{j['part']} {j['name']}" for j in wave}))
@@ -135,25 +147,25 @@ def plan(args, models: dict[str, str]):
         ways = [w for w in chosen if WAYS[w][0] == engine and "compiled" not in w]
         runs = []
         if "speed" in args.part:
-            stretch = 4 if args.quick else 20
+            stretch = 4 if args.quick else 100
             runs += [
                 {"way": w, "model": m, "path": models[m], "stretches": 3, "seed": 0}
                 | {"stretch": min(STRETCH.get(w, stretch), stretch)}
                 for m in sizes
                 for w in ways
             ]
-        if "memory" in args.part and ways:
-            runs += [
-                {"memory": engine, "model": m, "path": models[m], "batch": b, "checkpointing": c}
-                for m in (sizes if engine != "unsloth" else (LARGE,))
-                for c, b in MEMORY[m]
-            ]
         if runs:
             yield {"part": "timed", "name": engine, "runs": runs}
     if "speed" in args.part and "native, compiled" in chosen:
         run = {"way": "native, compiled", "model": LARGE, "path": models[LARGE]}
-        run |= {"stretch": 20, "stretches": 3, "seed": 0}
+        run |= {"stretch": STRETCH["native, compiled"], "stretches": 3, "seed": 0}
         yield {"part": "speed", "name": "native, compiled", "runs": [run]}
+    if "memory" in args.part:  # a process each: torch's counters are a process's own
+        for engine, model in itertools.product(("unsloth", "trl", "native"), sizes):
+            for checkpointing, batch in MEMORY[model] if args.only in (None, engine) else ():
+                run = {"memory": engine, "model": model, "path": models[model]}
+                run |= {"batch": batch, "checkpointing": checkpointing}
+                yield {"part": "memory", "name": engine, "runs": [run]}
     if "loss" in args.part:
         for way in ("unsloth, usual", "unsloth, ours", "trl", "native"):
             for seed in range(args.seeds if way in chosen else 0):
@@ -169,7 +181,7 @@ def run_side_by_side(wave: list[dict], scratch: Path, limit: float | None) -> li
         out.unlink(missing_ok=True)
         command = [sys.executable, __file__, "--job", json.dumps(job), "--out", str(out)]
         environment = dict(os.environ)
-        if job["part"] == "loss":
+        if job["part"] in ("memory", "loss"):
             environment["OMP_NUM_THREADS"] = "1"
         with open(log, "w") as f:
             process = subprocess.Popen(command, stdout=f, stderr=f, env=environment)
@@ -243,6 +255,7 @@ def machine(args) -> dict:
     import importlib.metadata as meta
 
     from lora_kit.hardware import detect
+    from lora_kit.train.report import matmul_speed
 
     versions = {}
     for package in ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth"):
@@ -251,7 +264,8 @@ def machine(args) -> dict:
         except meta.PackageNotFoundError:
             versions[package] = None
     command = " ".join(["python", *sys.argv])
-    return {"hardware": detect().name, "versions": versions, "command": command}
+    facts = {"hardware": detect().name, "versions": versions, "command": command}
+    return facts | {"matmul_flops": matmul_speed(detect())}
 
 
 # ------------------------------------------------------------------ the child: one engine
@@ -396,6 +410,9 @@ def memory_run(run: dict) -> dict:
         quantization="nf4-double",
         optimizer="adamw" if engine == "native" else "adamw-8bit",
         checkpointing=run["checkpointing"],
+        gpu="h200" if torch.cuda.get_device_capability() >= (9, 0) else "t4",
+        engine=engine,
+        flash=False,
     )
     return {
         "part": "memory",
@@ -434,7 +451,7 @@ def report(results: list[dict]) -> None:
             print(f"{way:<26}{medians[way]:>10,.0f}{spread:>18}{ratio:>8.2f}{r['peak_gib']:>10.2f}")
     memory = [r for r in results if r["part"] == "memory"]
     if memory:
-        print(f"\n{'memory, 512 tokens a row':<40}{'planned':>9}{'peak':>9}{'error':>9}")
+        print(f"\n{'memory, 384 tokens a row':<40}{'planned':>9}{'peak':>9}{'error':>9}")
         for r in memory:
             how = "checkpointing" if r["checkpointing"] else "no checkpointing"
             name = f"{r['model']} {r['engine']}, {r['batch']} rows, {how}"

@@ -1,8 +1,7 @@
 """The memory planner: where each GiB of a fine-tuning run goes, before anything is downloaded.
 
 Pure arithmetic on an `Architecture` (no torch), for a step with batch B of S tokens (T = B·S), a
-decoder of L layers with hidden size h, intermediate size f, q query and k key-value features,
-vocabulary V, N linear weights and E other ones, and c bytes to a number of the compute dtype (4 for
+decoder of N linear weights and E other ones, and c bytes to a number of the compute dtype (4 for
 float32, else 2):
 
     weights      N · bytes of the format + E · c          (embeddings and norms are not quantised)
@@ -11,24 +10,16 @@ float32, else 2):
     adapters     4 · P, with P = rank · Σ (in + out): kept in float32, else fp16 steps are lost
     gradients    4 · P                                     (of the adapters: nothing else has any)
     optimiser    8 · P for AdamW; 2 · P and two float32 for 256 with 8-bit states; 0 for SGD
-    activations  what the backward pass must find again, for each token and layer
-                     8h          the inputs of the two norms, which compute in float32
-                   + 2h·c        the norms' outputs, the adapters' inputs
-                   + (2q + 2k)·c queries, keys, values and what attention returns
-                   + 4f·c        gate, silu(gate), up and their product
-                   + 6·r·c       the adapters' own inner products (about; r = rank)
-                 with checkpointing h·c for each layer instead
-    logits       12 · T · V: at 16 bits the logits and their gradient at 2 bytes, log-softmax and
-                 its gradient at 4; at 32 bits logits, log-softmax and gradient at 4
+    activations, logits
+                 by engine: `engine_memory` has the formulas
     working      what the peak holds beyond that: the matrix library's workspace; the largest
-                 weight dequantised, and with checkpointing one layer's activations, where these
+                 weight dequantised, and with checkpointing one layer computed again, where these
                  exceed the logits
     CUDA context the driver's own, which torch's counters do not show
 
 Full fine-tuning (rank 0) keeps every weight trainable: c bytes of weight, c of gradient, 4 of a
 master copy where c is 2, and the optimiser's: 16 bytes a parameter with AdamW at either precision
-(ZeRO, Rajbhandari et al. 2020, section 3.1). Attention is taken to be fused (torch's scaled dot
-product): no S × S matrix is kept.
+(ZeRO, Rajbhandari et al. 2020, section 3.1).
 """
 
 from __future__ import annotations
@@ -42,6 +33,7 @@ from lora_kit.architectures import (
     architecture,
     check_targets,
 )
+from lora_kit.engine_memory import ENGINES, step_bytes
 from lora_kit.errors import BadInputError, unknown_name
 
 __all__ = [
@@ -78,6 +70,7 @@ OPTIMIZERS = ("adamw", "adamw-8bit", "sgd")
 CUDA_CONTEXT = int(0.45 * GIB)
 # What torch gives cuBLAS and cuBLASLt to work in: 32 MiB each on Hopper, about 8 MiB before.
 WORKSPACE, WORKSPACE_HOPPER, HOPPER = 16 * 2**20, 64 * 2**20, ("h100", "h200")
+NO_FLASH = ("t4", "v100-16gb")  # FlashAttention needs compute capability 8.0
 BLOCK, ABSMAX_BLOCK, STATE_BLOCK = 64, 256, 256
 
 
@@ -154,6 +147,8 @@ def plan_memory(
     optimizer: str = "adamw",
     checkpointing: bool = True,
     gpu: str = "t4",
+    engine: str = "plain",
+    flash: bool | None = None,
 ) -> MemoryPlan:
     """Predict the peak memory of one training step; the module's text has the formulas.
 
@@ -166,15 +161,18 @@ def plan_memory(
         optimizer: "adamw", "adamw-8bit" or "sgd" (without momentum).
         checkpointing: keep one input for each layer and compute the rest again.
         gpu: one of `GPUS`.
+        engine: one of `engine_memory.ENGINES`; what a step keeps differs with who runs it.
+        flash: whether FlashAttention is to be had; None: as the card has it.
 
     Raises:
-        UnknownNameError: a target, dtype, quantisation, optimiser or GPU that is not known.
+        UnknownNameError: a target, dtype, quantisation, optimiser, engine or GPU that is not known.
         BadInputError: rank < 0, batch or seq < 1, seq beyond the model's context, or full
             fine-tuning of quantised weights.
     """
     kind = _choose("quantisation", quantization or "none", QUANTIZATIONS)
     _choose("optimiser", optimizer, OPTIMIZERS)
     card = _choose("GPU", gpu, GPUS)
+    _choose("engine", engine, ENGINES)
     _bytes_of(dtype)
     names = check_targets(targets)
     for what, value, least in (("rank", rank, 0), ("batch", batch, 1), ("seq", seq, 1)):
@@ -192,7 +190,20 @@ def plan_memory(
             "or a rank of 1 or more for adapters beside them."
         )
     gpu_bytes = int(GPUS[card] * GIB)
-    chosen = (architecture, rank, names, seq, dtype, kind, optimizer, bool(checkpointing), card)
+    flash = card not in NO_FLASH if flash is None else flash
+    how = (engine, flash)
+    chosen = (
+        architecture,
+        rank,
+        names,
+        seq,
+        dtype,
+        kind,
+        optimizer,
+        bool(checkpointing),
+        card,
+        how,
+    )
     most = _largest_batch(chosen, gpu_bytes)
     settings = {
         "rank": rank,
@@ -203,6 +214,7 @@ def plan_memory(
         "quantization": kind,
         "optimizer": optimizer,
         "checkpointing": bool(checkpointing),
+        "engine": engine,
     }
     rows = tuple(_rows(*chosen, batch).items())
     return MemoryPlan(architecture, settings, rows, card, gpu_bytes, most)
@@ -265,25 +277,15 @@ def _optimizer_bytes(optimizer: str, parameters: int) -> int:
     return 0
 
 
-def _layer_activations(shape: Architecture, rank: int, tokens: int, c: int) -> int:
-    h, f = shape.hidden_size, shape.intermediate_size
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return tokens * (8 * h + c * (2 * h + 2 * q + 2 * kv + 4 * f + 6 * rank))
-
-
-def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, card, batch):
-    c, tokens = _bytes_of(dtype), batch * seq
+def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, card, how, batch):
+    c = _bytes_of(dtype)
     weights, constants = weight_bytes(shape, kind, dtype)
     full = rank == 0
     trained = shape.num_parameters if full else shape.lora_parameters(rank, targets)
-    layer = _layer_activations(shape, rank, tokens, c)
-    if checkpointing:
-        kept, again = shape.num_layers * tokens * shape.hidden_size * c, layer
-    else:
-        kept, again = shape.num_layers * layer, 0
-    logits = 12 * tokens * shape.vocab_size
+    engine, flash = how
+    step = step_bytes(engine, shape, rank, batch, seq, c, checkpointing, flash)
     largest = max(o * i for o, i in shape.linear_shapes().values()) * c
-    scratch = again + (largest if kind != "none" else 0)
+    scratch = step.again + (largest if kind != "none" else 0)
     workspace = WORKSPACE_HOPPER if card in HOPPER else WORKSPACE
     rows = {"weights": weights, "quantisation constants": constants}
     if full:
@@ -293,9 +295,9 @@ def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, card
     rows |= {
         "gradients": (c if full else 4) * trained,
         "optimiser states": _optimizer_bytes(optimizer, trained),
-        "activations": kept,
-        "logits and loss": logits,
-        "working": workspace + max(0, scratch - logits),
+        "activations": step.kept,
+        "logits and loss": step.loss,
+        "working": workspace + max(0, scratch - step.loss),
         "CUDA context": CUDA_CONTEXT,
     }
     return rows

@@ -102,7 +102,8 @@ def test_engines_fall_back_on_a_cpu_and_say_so():
     engine, why = choose_engine("unsloth")
     assert engine == "trl"
     assert why.startswith("Unsloth was asked for, but this machine has no GPU")
-    assert choose_engine() == ("trl", "this machine has no GPU, which Unsloth needs: trl it is.")
+    assert choose_engine()[0] == "native"
+    assert choose_engine("auto", {"final_logit_softcapping": 30.0})[0] == "trl"
     with pytest.raises(UnknownNameError, match=r"engine 'unslot'\. Did you mean 'unsloth'"):
         choose_engine("unslot")
 

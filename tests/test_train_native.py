@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from train_fixtures import adapted, some_rows, tiny_spec, trained
 from lora_kit.errors import BadInputError, RunFailedError
 from lora_kit.prompts import IGNORE
 from lora_kit.train import native
+from lora_kit.train.graphs import Steps
 
 
 def quiet(*_):
@@ -15,6 +17,13 @@ def quiet(*_):
 
 def run(model, rows, spec, steps=None, **options):
     return native.train(model, rows, spec, steps or spec.steps, 0, say=quiet, **options)
+
+
+def steps_of(model):
+    """What `native.train` runs batches with on a CPU."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    once = partial(native.forward_backward, model, torch.float32, scaler)
+    return Steps(once, trained(model).values())
 
 
 def peft_and_ours(rank=4, alpha=8):
@@ -57,8 +66,7 @@ def test_the_loss_and_gradient_of_a_step_are_those_of_transformers():
     loss.backward()
     spec = tiny_spec(batch_size=6)
     progress = native.Progress(at_once=6)
-    off = torch.amp.GradScaler("cpu", enabled=False)
-    mine = native.backward(ours, rows, spec, progress, off, 0, torch.float32, quiet)
+    mine = native.backward(steps_of(ours), rows, spec, progress, 0, quiet)
     torch.testing.assert_close(mine, loss.detach(), atol=1e-6, rtol=1e-6)
     for path, layer in peft_layers(theirs).items():
         for kind in ("lora_A", "lora_B"):
@@ -90,12 +98,11 @@ def test_a_run_gives_the_losses_and_the_adapter_of_trl(tiny_folder, tokenizer):
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 def test_the_gradient_does_not_depend_on_how_many_rows_go_at_once(at_once):
     rows, spec = some_rows(8), tiny_spec(batch_size=8)
-    off = torch.amp.GradScaler("cpu", enabled=False)
     gradients = []
     for size in (8, at_once):
         model = adapted()
         progress = native.Progress(at_once=size)
-        native.backward(model, rows, spec, progress, off, 0, torch.float32, quiet)
+        native.backward(steps_of(model), rows, spec, progress, 0, quiet)
         assert progress.tokens == sum(len(r["input_ids"]) for r in rows)
         gradients.append([p.grad for p in trained(model).values()])
     for one, other in zip(*gradients, strict=True):

@@ -20,6 +20,7 @@ from lora_kit import store
 from lora_kit.errors import CorruptFileError
 
 STATE, FACTS = "state.pt", "checkpoint.json"
+CHECKPOINT_SECONDS = 120  # between two, where no number of steps was asked for
 
 
 class Checkpoints:

@@ -94,17 +94,29 @@ def _load_unsloth(files: ModelFiles, spec: TrainSpec):
             lora_dropout=spec.dropout,
             target_modules=list(check_targets(spec.targets)),
             bias="none",
-            use_gradient_checkpointing="unsloth" if spec.checkpointing else False,
+            use_gradient_checkpointing="unsloth" if spec.checkpointing is True else False,
             random_state=spec.seed,
         )
     # Our own tokenizer: Unsloth's copy may have another pad token.
     return model, load_tokenizer(files)
 
 
-def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int, on_step=None) -> Trained:
+def train(
+    model,
+    tokenizer,
+    rows: list[dict],
+    spec: TrainSpec,
+    steps: int,
+    on_step=None,
+    keep: tuple[Path, str] | None = None,
+    every: int = 0,
+) -> Trained:
     """Train a prepared model on encoded rows with trl's SFTTrainer.
 
-    on_step: called with each step's number and loss.
+    Args:
+        on_step: called with each step's number and loss.
+        keep: the folder of checkpoints and the run's identity; the newest whole one is taken up.
+        every: steps between checkpoints; 0 means one every two minutes.
 
     Raises:
         RunFailedError: the loss or an adapter weight became NaN or infinite.
@@ -115,8 +127,11 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int, on_st
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
+    from lora_kit.train.trainer_checkpoints import newest_whole, saver
+
     hardware = detect()
     dtype = hardware.dtype if spec.dtype == "auto" else spec.dtype
+    checkpointing = spec.checkpointing is True
     losses: list[tuple[int, float]] = []
     started = time.perf_counter()
 
@@ -147,8 +162,9 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int, on_st
 
     trainer_class = SFTTrainer if hardware.device == "cuda" else PlainLossTrainer
     with tempfile.TemporaryDirectory() as scratch, quiet_libraries():
+        folder = keep[0] if keep else Path(scratch)
         config = SFTConfig(
-            output_dir=scratch,
+            output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=spec.batch_size,
             gradient_accumulation_steps=spec.accumulation,
@@ -161,12 +177,13 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int, on_st
             optim="adamw_torch" if hardware.device == "cpu" else OPTIMIZERS[spec.optimizer],
             fp16=dtype == "float16",
             bf16=dtype == "bfloat16",
-            gradient_checkpointing=spec.checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if spec.checkpointing else None,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             seed=spec.seed,
             data_seed=spec.seed,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="no",  # `saver` decides when
+            save_total_limit=2,
             report_to="none",
             disable_tqdm=True,
             packing=False,
@@ -178,7 +195,7 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int, on_st
             args=config,
             train_dataset=HubDataset.from_list(rows),
             processing_class=tokenizer,
-            callbacks=[Progress()],
+            callbacks=[Progress(), *([saver(*keep, every)] if keep else [])],
         )
         # Without this the Trainer prints each log as a dictionary when its bar is off.
         trainer.remove_callback(PrinterCallback)
@@ -189,10 +206,14 @@ def train(model, tokenizer, rows: list[dict], spec: TrainSpec, steps: int, on_st
                 parameter.data = parameter.data.float()
         started = time.perf_counter()
         with PeakMemory() as memory:
-            trainer.train()
+            found = newest_whole(*keep) if keep else None
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
         seconds = time.perf_counter() - started
+    resumed_at = int(found.name.rpartition("-")[2]) if found else 0
+    # The Trainer's own log: on a resumed run it holds the steps before as well.
+    losses = [(e["step"], float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
     _check_finite(model, losses)
-    return Trained(model, losses, seconds, memory.peak, memory.before)
+    return Trained(model, losses, seconds, memory.peak, memory.before, resumed_at=resumed_at)
 
 
 def train_native(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import lora_kit
 from lora_kit import store
+from lora_kit.architectures import Architecture
 from lora_kit.data import Dataset
-from lora_kit.errors import BadInputError, CorruptFileError
+from lora_kit.errors import BadInputError, CorruptFileError, RunFailedError
 from lora_kit.train.spec import TrainSpec, choose_engine
 
 RECORD = "training.json"
+SETTLED = ("batch_size", "accumulation", "checkpointing")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class TrainResult:
     left out; trained_tokens: those with a label. Memory in bytes: `memory_before` held with the
     model loaded, `peak_memory` the most during training. reused: taken from an earlier run.
     skipped: steps left out for NaN or infinity. resumed_at: the step a killed run was taken up
-    again at.
+    again at. settings: rows at once, accumulation and checkpointing as the memory planner settled
+    them, and why.
     """
 
     adapter: Path
@@ -44,6 +48,7 @@ class TrainResult:
     reused: bool = False
     skipped: int = 0
     resumed_at: int = 0
+    settings: dict = field(default_factory=dict)
     train: Dataset | None = None
     test: Dataset | None = None
 
@@ -65,6 +70,7 @@ def finetune(
     engine: str = "auto",
     reuse: bool = True,
     checkpoint_every: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
     """Fine-tune a model with LoRA or QLoRA and save the adapter in peft's format.
 
@@ -76,8 +82,9 @@ def finetune(
             the result (model, rows, hyperparameters, engine, version of the kit).
         engine: "auto", "native", "trl" or "unsloth"; see `choose_engine`.
         reuse: return a finished run of the same kind instead of repeating it.
-        checkpoint_every: steps between the native engine's checkpoints; 0 means one every two
-            minutes. The same call after a crash carries on from the newest.
+        checkpoint_every: steps between checkpoints; 0 means one every two minutes. The same call
+            after a crash carries on from the newest whole one.
+        on_step: called with each step's number and training loss.
 
     Returns:
         TrainResult; the adapter's folder appears only when training ended well.
@@ -85,12 +92,15 @@ def finetune(
     Raises:
         BadInputError: rows on which no token would be trained, an output folder that holds
             something else; and what loading raises.
-        RunFailedError: the loss or the adapter became NaN or infinite.
+        RunFailedError: the loss or the adapter became NaN or infinite, or not one row fits.
     """
-    engine, why = choose_engine(engine)
+    asked = engine
+    engine, why = choose_engine(asked)  # before anything else: Unsloth must be imported first
     from lora_kit.models import fetch_model
 
     files = fetch_model(model)
+    if asked == "auto":
+        engine, why = choose_engine(asked, store.read_json(files.path / "config.json"))
     identity = {
         "model": [files.name, files.revision, *_weights_of(files)],
         "data": rows.fingerprint,
@@ -111,7 +121,7 @@ def finetune(
                 _checkpoints(output, identity).clear()
                 return replace(found[1], reused=True)
         store.sweep(output)
-        return _train(files, rows, spec, output, engine, why, identity, checkpoint_every)
+        return _train(files, rows, spec, output, engine, why, identity, checkpoint_every, on_step)
 
 
 def _checkpoints(output: Path, identity: dict):
@@ -128,27 +138,40 @@ def _weights_of(files) -> list[str]:
     return [store.sha256_file(p)[:12] for p in sorted(files.path.glob("*.safetensors"))]
 
 
-def _train(files, rows, spec, output, engine, why, identity, every) -> TrainResult:
-    from lora_kit.hardware import detect
-    from lora_kit.train import engines
-
-    model, tokenizer = engines.load_for_training(files, spec, engine)
-    encoded = encode_rows(rows, tokenizer, spec)
-    epoch = math.ceil(len(encoded) / (spec.batch_size * spec.accumulation))
-    steps = spec.steps or math.ceil(epoch * spec.epochs)
+def _train(files, rows, spec, output, engine, why, identity, every, on_step) -> TrainResult:
     from lora_kit.fingerprint import fingerprint_model
+    from lora_kit.hardware import detect
+    from lora_kit.models import load_tokenizer
+    from lora_kit.train import engines
+    from lora_kit.train.settings import settle
 
-    base = {
-        "name": files.name,
-        "source": files.source,
-        "revision": files.revision,
-        "fingerprint": fingerprint_model(model).digest,
-    }
+    encoded = encode_rows(rows, load_tokenizer(files), spec)
+    per_step = spec.batch_size * spec.accumulation
+    epoch = math.ceil(len(encoded) / per_step)
+    steps = spec.steps or math.ceil(epoch * spec.epochs)
+    shape = Architecture.from_config(store.read_json(files.path / "config.json"), files.name)
+    longest = max(len(row["input_ids"]) for row in encoded)
+    settled, how = settle(spec, shape, detect(), engine, longest)
     keep = _checkpoints(output, identity)
-    if engine == "native":
-        done = engines.train_native(model, tokenizer, encoded, spec, steps, keep, every)
-    else:
-        done = engines.train(model, tokenizer, encoded, spec, steps)
+    while True:
+        model, tokenizer = engines.load_for_training(files, settled, engine)
+        base = {
+            "name": files.name,
+            "source": files.source,
+            "revision": files.revision,
+            "fingerprint": fingerprint_model(model).digest,
+        }
+        if engine == "native":
+            done = engines.train_native(
+                model, tokenizer, encoded, settled, steps, keep, every, on_step
+            )
+            break
+        done = _with_trainer(model, tokenizer, encoded, settled, steps, keep, every, on_step)
+        if done is not None:
+            break
+        del model
+        settled = smaller(settled)
+        keep.clear()
     # Rows are drawn without replacement in every epoch, whose last step takes what is left: a run
     # of whole epochs sees each row equally often and a part of one its share on average.
     passes = steps / epoch
@@ -169,6 +192,7 @@ def _train(files, rows, spec, output, engine, why, identity, every) -> TrainResu
         "peak_memory": done.peak_memory,
         "skipped": done.skipped,
         "resumed_at": done.resumed_at,
+        "settings": {n: getattr(settled, n) for n in SETTLED} | {"why": how},
         "base": base,
         "data": rows.record(),
         "hardware": detect().name,
@@ -178,6 +202,47 @@ def _train(files, rows, spec, output, engine, why, identity, every) -> TrainResu
         store.write_json(part / RECORD, {"identity": identity, **facts})
     keep.clear()
     return _result(output, spec, facts)
+
+
+def _with_trainer(model, tokenizer, encoded, spec, steps, keep, every, on_step):
+    """What the Trainer's engines made, or None where memory ran out."""
+    import torch
+
+    from lora_kit.train import engines
+
+    place = (keep.folder, keep.identity)
+    try:
+        return engines.train(model, tokenizer, encoded, spec, steps, on_step, place, every)
+    except RunFailedError:
+        if not any(keep.folder.glob("checkpoint-*")):
+            keep.clear()  # the Trainer makes the folder before there is anything to keep
+        raise
+    except torch.OutOfMemoryError as error:
+        # The traceback holds on to the tensors that filled the memory.
+        error.__traceback__ = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def smaller(spec: TrainSpec) -> TrainSpec:
+    """The same step in more, smaller parts, after memory ran out.
+
+    Raises:
+        RunFailedError: it was a single row already, with checkpointing.
+    """
+    if spec.batch_size == 1 and spec.checkpointing is True:
+        raise RunFailedError(
+            "Out of memory with a single row and checkpointing: shorten max_length, or load the "
+            "base in 4 bits (quantization='nf4')."
+        )
+    if spec.batch_size == 1:
+        print("out of memory with one row: checkpointing from here on")
+        return replace(spec, checkpointing=True)
+    per_step = spec.batch_size * spec.accumulation
+    rows = max(n for n in range(1, spec.batch_size) if per_step % n == 0)
+    print(f"out of memory: begun again with {rows} rows at once, still {per_step} a step")
+    return replace(spec, batch_size=rows, accumulation=per_step // rows)
 
 
 def encode_rows(rows: Dataset, tokenizer, spec: TrainSpec) -> list[dict]:

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from lora_kit.architectures import Architecture
 from lora_kit.data_files import LoadedRows, load_training_rows
-from lora_kit.errors import BadInputError
-from lora_kit.hardware import detect, hold_to_t4_rules
+from lora_kit.errors import BadInputError, unknown_name
+from lora_kit.hardware import GIB, detect, hold_to_t4_rules
 from lora_kit.store import read_json
 from lora_kit.train.card import vllm_command, write_card
+from lora_kit.train.export import export_merged, push_adapter
 from lora_kit.train.finetune import TrainResult, finetune
 from lora_kit.train.heldout import heldout_loss
+from lora_kit.train.log import TRACKERS, tracker
 from lora_kit.train.report import data_report, estimate, format_report, matmul_speed
+from lora_kit.train.settings import settle
 from lora_kit.train.spec import TrainSpec, choose_engine
 
 
@@ -31,6 +34,10 @@ def finetune_from(
     limit: int | None = None,
     fields: Mapping[str, str] | None = None,
     report_only: bool = False,
+    merged: Path | None = None,
+    push: str | None = None,
+    log: str = "none",
+    checkpoint_every: int = 0,
 ) -> TrainResult | None:
     """Report on the rows, train on them, measure on those held out, write a card.
 
@@ -42,10 +49,18 @@ def finetune_from(
         limit: use the first so many usable rows.
         fields: new names of fields.
         report_only: stop after the report, and return None.
+        merged: also write base + adapter as one fp16 model there (`export.export_merged`).
+        push: also upload the adapter to this repository of the hub (`export.push_adapter`).
+        log: also log the loss with "tensorboard" or "trackio" (`log.tracker`).
+        checkpoint_every: as for `finetune`.
 
     Raises:
         BadInputError: nothing to train on, or nothing left beside the held-out rows.
     """
+    if log not in TRACKERS:
+        raise unknown_name("tracker", log, TRACKERS)
+    if merged and Path(merged).exists():
+        raise BadInputError(f"{merged} is there already; name a new folder for the merged model.")
     # First of all: Unsloth must be imported before transformers is.
     chosen, why = choose_engine(engine)
     hold_to_t4_rules()
@@ -65,13 +80,21 @@ def finetune_from(
         LoadedRows(rows, loaded.dropped), tokenizer, spec, len(test) if test else 0
     )
     hardware = detect()
-    shape = Architecture.from_config(read_json(files.path / "config.json"), files.name)
-    expected = estimate(report, spec, shape, hardware, matmul_speed(hardware))
+    config = read_json(files.path / "config.json")
+    shape = Architecture.from_config(config, files.name)
+    chosen, why = choose_engine(engine, config) if engine == "auto" else (chosen, why)
+    longest = max(report.lengths)
+    settled, how = settle(spec, shape, hardware, chosen, longest)
+    expected = estimate(report, settled, shape, hardware, matmul_speed(hardware), chosen)
     print(format_report(report, expected))
-    print(f"engine: {chosen}. {why}")
+    print(f"engine: {chosen}: {why}\nsettings: {how}")
     if report_only:
         return None
-    result = finetune(model, rows, spec, output, engine)
+    name = output.name if output else f"{files.name}-{rows.name}"
+    with tracker(log, name, Path("runs") / "tensorboard" / name) as on_step:
+        result = finetune(
+            model, rows, spec, output, engine, checkpoint_every=checkpoint_every, on_step=on_step
+        )
     scores = None
     if test:
         scores = (*_losses(model, result, test), len(test))
@@ -79,6 +102,14 @@ def finetune_from(
     write_card(model, result, scores)
     minutes = result.seconds / 60
     print(f"{minutes:.1f} minutes, {result.tokens_per_second:,.0f} tokens/s; {result.adapter}")
+    if merged:
+        export = export_merged(model, result, merged)
+        print(
+            f"merged model: {export.folder}, {export.bytes / GIB:.2f} GiB, logits "
+            f"{export.difference:.2%} off base + adapter"
+        )
+    if push:
+        print(f"pushed: {push_adapter(result, push)}")
     print(f"serve it: {vllm_command(model, result, hardware.capability)}")
     return replace(result, train=rows, test=test)
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -28,14 +29,16 @@ from lora_kit.architectures import check_targets
 from lora_kit.errors import BadInputError, RunFailedError
 from lora_kit.hardware import PeakMemory
 from lora_kit.prompts import IGNORE
+from lora_kit.train.checkpoints import CHECKPOINT_SECONDS as SECONDS
 from lora_kit.train.checkpoints import Checkpoints, random_states, restore_random
 from lora_kit.train.compiling import compiled_layers
+from lora_kit.train.graphs import GraphedSteps, Steps, graphs_pay
+from lora_kit.train.optimizers import make_optimizer
 from lora_kit.train.packing import Batch, collate
 from lora_kit.train.spec import TrainSpec
 
 LABELS_AT_ONCE = 1024  # logits of more labels than this are made, and made again, in pieces
 MOST_SKIPPED = {True: 12, False: 3}  # steps skipped in a row before giving up: fp16, others
-CHECKPOINT_SECONDS = 120
 
 
 @dataclass
@@ -119,18 +122,17 @@ def loss_sum(model, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     if len(hidden) <= LABELS_AT_ONCE:
         return piece(hidden, batch.targets)
     pieces = zip(hidden.split(LABELS_AT_ONCE), batch.targets.split(LABELS_AT_ONCE), strict=True)
-    return sum(checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces)
+    again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in there
+    return sum(checkpoint(piece, h, t, **again) for h, t in pieces)
 
 
-def make_optimizer(parameters, spec: TrainSpec, device: torch.device):
-    """AdamW: torch's fused one, or bitsandbytes' with 8-bit states (also paged), for a GPU."""
-    options = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay}
-    if spec.optimizer in ("auto", "adamw") or device.type == "cpu":
-        return torch.optim.AdamW(parameters, fused=True, **options)
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
-
-    made = {"adamw-8bit": AdamW8bit, "paged-adamw-8bit": PagedAdamW8bit, "paged-adamw": PagedAdamW}
-    return made[spec.optimizer](parameters, **options)
+def forward_backward(model, dtype, scaler, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """Add the gradient of −Σ log p / labels to the adapter's; return that loss."""
+    half = {"enabled": dtype != torch.float32, "cache_enabled": False}
+    with torch.autocast(labels.device.type, dtype, **half):
+        loss = loss_sum(model, batch, dtype) / labels
+    scaler.scale(loss).backward()
+    return loss.detach()
 
 
 def train(
@@ -151,8 +153,8 @@ def train(
         rows: {"input_ids", "labels"}, as `prompts.encode` makes them.
         spec, steps: hyperparameters; optimiser steps.
         pad_id: fills sequences up; never seen by a row.
-        keep: where checkpoints go, and where an interrupted run is taken up again.
-        every: steps between checkpoints; 0 means one every two minutes.
+        keep, every: where checkpoints go, and a run is taken up again; steps between them (0: one
+            every two minutes).
         on_step: called with each step's number and loss.
         say: prints the ten lines of progress.
 
@@ -171,24 +173,29 @@ def train(
     )
     progress = Progress(at_once=spec.batch_size)
     per_step = spec.batch_size * spec.accumulation
-    gpus = [torch.cuda.current_device()] if device.type == "cuda" else []
+    gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), PeakMemory() as memory, ExitStack() as stack:
         torch.manual_seed(spec.seed)  # dropout's; the caller's generator is left as it was
-        found = keep.newest() if keep else None
-        if found:
+        if keep and (found := keep.newest()):
             progress = restore(found, named, optimizer, scaler)
             say(f"taken up again after step {progress.step} of {steps}")
         resumed_at, before = progress.step, progress.seconds
         model.train()
-        if spec.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.checkpointing is True:
+            again = {"use_reentrant": False, "preserve_rng_state": bool(spec.dropout)}
+            model.gradient_checkpointing_enable(again)
         stack.enter_context(compiled_layers(model, spec.compile is True))
+
+        once = partial(forward_backward, model, dtype, scaler)
+        work = Steps(once, parameters)
+        if graphs_pay(spec, device):
+            work = GraphedSteps(once, parameters, pad_id, say)
         started = last_kept = time.perf_counter()
         while progress.step < steps:
             step = progress.step
             chosen = [rows[i] for i in row_order(len(rows), per_step, step, spec.seed)]
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, spec)
-            loss = backward(model, chosen, spec, progress, scaler, pad_id, dtype, say)
+            loss = backward(work, chosen, spec, progress, pad_id, say)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
             loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the GPU
@@ -198,7 +205,7 @@ def train(
             else:
                 skip(progress, loss, scaler.is_enabled())
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not work.keeps_gradients)
             progress.step += 1
             if math.isfinite(loss):
                 progress.losses.append((progress.step, loss))
@@ -206,9 +213,9 @@ def train(
             if on_step:
                 on_step(progress.step, loss)
             if progress.step % max(1, steps // 10) == 0 or progress.step == steps:
-                passed = f"{progress.seconds:5.0f} s"
-                say(f"step {progress.step:>4} of {steps}  loss {loss:.3f}  {passed}")
-            due = time.perf_counter() - last_kept > CHECKPOINT_SECONDS
+                said = f"step {progress.step:>4} of {steps}  loss {loss:.3f}"
+                say(f"{said}  {progress.seconds:5.0f} s")
+            due = time.perf_counter() - last_kept > SECONDS
             if keep and (progress.step % every == 0 if every else due):
                 keep.save(progress.step, snapshot(named, optimizer, scaler, progress))
                 last_kept = time.perf_counter()
@@ -216,13 +223,12 @@ def train(
     return Outcome(progress, memory.peak, memory.before, resumed_at)
 
 
-def backward(model, chosen, spec, progress, scaler, pad_id, dtype, say) -> torch.Tensor:
+def backward(work, chosen, spec, progress, pad_id, say) -> torch.Tensor:
     """Put the gradient of a step's loss into the parameters; return the loss.
 
     Out of memory, the step is begun again with half as many rows at once. The loss is divided by
     the labels of the whole step, so the effective batch stays what it was.
     """
-    device = model.get_input_embeddings().weight.device
     labels = sum(label != IGNORE for row in chosen for label in row["labels"][1:]) or 1
     random_state = random_states()
     while True:
@@ -230,29 +236,25 @@ def backward(model, chosen, spec, progress, scaler, pad_id, dtype, say) -> torch
             collate(chosen[i : i + progress.at_once], pad_id, spec.packing)
             for i in range(0, len(chosen), progress.at_once)
         ]
-        loss, full = torch.zeros((), device=device), False
+        loss, full = 0.0, False
         try:
             for part in parts:
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    share = loss_sum(model, part.to(device), dtype) / labels
-                scaler.scale(share).backward()
-                loss += share.detach()
+                loss = loss + work.run(part, labels)
         except torch.OutOfMemoryError:
             full = True  # left here: the exception holds on to the tensors that filled the memory
         if not full:
             progress.tokens += sum(part.tokens for part in parts)
             progress.trained_tokens += labels
             return loss
-        model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        restore_random(random_state)
+        if work.give_up():
+            continue
         if progress.at_once == 1:
             raise RunFailedError(
                 "Out of memory with a single row: turn checkpointing on, shorten max_length, or "
                 "load the base in 4 bits (quantization='nf4')."
             )
         progress.at_once = math.ceil(min(progress.at_once, len(chosen)) / 2)
-        restore_random(random_state)
         say(f"out of memory: {progress.at_once} rows at once from here on, {len(chosen)} a step")
 
 

@@ -43,7 +43,7 @@ _T4_CHOICES = {
     "schedule": "not printed: cosine",
     "warmup": "not printed: 0.03, as LoRA Land",
     "max_length": "not printed: 512, which cuts 2 of 5,000 Alpaca rows (SmolLM2's tokens)",
-    "checkpointing": "not printed: on, so that it fits a T4 whatever the rows",
+    "checkpointing": "not printed: on only where the memory planner finds it needed",
 }
 
 PAPER_RECIPES: dict[str, Recipe] = {
@@ -95,7 +95,6 @@ PAPER_RECIPES: dict[str, Recipe] = {
             max_length=512,
             style="bare",
             quantization="nf4",
-            checkpointing=True,
         ),
         _ALWADHI,
         printed={
@@ -123,7 +122,6 @@ PAPER_RECIPES: dict[str, Recipe] = {
             max_length=512,
             style="alpaca",
             quantization="none",
-            checkpointing=True,
         ),
         _SAHA,
         printed={
@@ -149,7 +147,6 @@ PAPER_RECIPES: dict[str, Recipe] = {
             style="alpaca",
             quantization="nf4",
             optimizer="adamw-8bit",
-            checkpointing=True,
         ),
         _MAI,
         printed={

@@ -16,16 +16,16 @@ from lora_kit.data import Dataset
 from lora_kit.data_files import Dropped, LoadedRows
 from lora_kit.errors import BadInputError
 from lora_kit.hardware import GIB, Hardware
-from lora_kit.memory import plan_memory
 from lora_kit.prompts import IGNORE, encode, show_mask, to_example
+from lora_kit.train.settings import planned_bytes
 from lora_kit.train.spec import TrainSpec
 
 BINS = 8
-# What share of a large matrix product's speed a training step reaches, and the least time a layer
-# takes on a GPU however short its rows (launching its kernels, forward and backward). Assumed: no
-# run has calibrated them yet, so the minutes they give are an order of magnitude.
-EFFICIENCY = {"cpu": 0.5, "cuda": 0.3}
-LAYER_SECONDS = 0.0015
+# What share of a large matrix product's speed a training step reaches, and what a layer costs each
+# time rows go through it, forward and backward, however few (launching its kernels; replayed graphs
+# cost least). Measured by benchmarks/training.py: the GPU's on an H200, the CPU's on two cores.
+EFFICIENCY = {"cpu": 0.5, "cuda": 0.15}
+LAYER_SECONDS = {"native": 0.0007, "trl": 0.013, "unsloth": 0.0135}
 
 
 @dataclass(frozen=True)
@@ -129,38 +129,37 @@ def data_report(
 
 
 def estimate(
-    report: DataReport, spec: TrainSpec, shape: Architecture, hardware: Hardware, speed: float
+    report: DataReport,
+    spec: TrainSpec,
+    shape: Architecture,
+    hardware: Hardware,
+    speed: float,
+    engine: str = "native",
 ) -> Estimate:
     """Minutes and memory of the run, from arithmetic and one measured matrix product.
 
     A token costs 2 FLOP for each weight forward, 2 backward (a frozen weight needs no gradient of
     its own) and with checkpointing 2 more:  seconds = FLOP · tokens / (speed · efficiency), on a
-    GPU at least LAYER_SECONDS for each layer of a step. Expect it within a factor of two.
+    GPU plus LAYER_SECONDS for each layer and part of a step. Expect it within a factor of two.
 
     Args:
+        spec: with `checkpointing` and rows at once as `settings.settle` leaves them.
         speed: FLOP/s of a large product (`matmul_speed`).
+        engine: "native", "trl" or "unsloth".
     """
     per_step = min(spec.batch_size * spec.accumulation, report.kept)
     epoch = math.ceil(report.kept / (spec.batch_size * spec.accumulation))
     steps = spec.steps or math.ceil(epoch * spec.epochs)
     step_tokens = per_step * report.tokens / report.kept
-    flop = (6 if spec.checkpointing else 4) * shape.num_parameters * step_tokens
+    flop = (6 if spec.checkpointing is True else 4) * shape.num_parameters * step_tokens
     seconds = flop / (speed * EFFICIENCY[hardware.device])
     if hardware.device == "cuda":
-        seconds = max(seconds, LAYER_SECONDS * shape.num_layers * spec.accumulation)
-    longest = sorted(report.lengths)[-spec.batch_size :]
-    plan = plan_memory(
-        shape,
-        rank=spec.rank,
-        targets=spec.targets.split(",") if "," in spec.targets else spec.targets,
-        batch=1,
-        seq=min(sum(longest), shape.max_position),
-        dtype=hardware.dtype if spec.dtype == "auto" else spec.dtype,
-        quantization="nf4-double" if spec.quantization == "nf4" else None,
-        checkpointing=spec.checkpointing,
-    )
+        seconds += LAYER_SECONDS[engine] * shape.num_layers * spec.accumulation
+    checkpointing = spec.checkpointing is True
+    rows, longest = min(spec.batch_size, per_step), max(report.lengths)
+    memory = planned_bytes(spec, shape, hardware, engine, rows, longest, checkpointing)
     free = hardware.gpu_memory_free if hardware.device == "cuda" else hardware.memory_free
-    return Estimate(seconds * steps / 60, plan.torch_bytes, free, steps)
+    return Estimate(seconds * steps / 60, memory, free, steps)
 
 
 def matmul_speed(hardware: Hardware) -> float:

@@ -25,10 +25,13 @@ class TrainSpec:
     "auto" is the engine's own choice; a CPU knows plain AdamW only.
     steps: optimiser steps; 0 means `epochs` passes over the rows. batch_size × accumulation rows a
     step.
+    checkpointing: True, False, or "auto": what the memory planner finds needed (`train.settings`,
+    which also says how many rows go at once).
     max_length: tokens; longer rows are cut. style: how rows become prompts (`prompts.FORMATS`).
     quantization: "none", or "nf4" for QLoRA. dtype: see `models.load_model`.
-    The native engine alone: packing puts several rows into a sequence, compile (True, False or
-    "auto") compiles the layers.
+    The native engine alone: packing puts several rows into a sequence; compile is "graph" (steps as
+    CUDA graphs, `train.graphs`), True (torch.compile, `train.compiling`), False, or "auto": graphs
+    on a GPU.
 
     Raises:
         BadInputError: a value out of range, named.
@@ -49,7 +52,7 @@ class TrainSpec:
     style: str = "bare"
     quantization: str = "none"
     dtype: str = "auto"
-    checkpointing: bool = False
+    checkpointing: bool | str = "auto"
     seed: int = 0
     epochs: float = 1.0
     schedule: str = "cosine"
@@ -81,7 +84,8 @@ class TrainSpec:
             ("dtype", DTYPES),
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
-            ("compile", (True, False, "auto")),
+            ("checkpointing", (True, False, "auto")),
+            ("compile", (True, False, "auto", "graph")),
         ):
             if getattr(self, name) not in known:
                 names = ", ".join(map(str, known))
@@ -91,12 +95,15 @@ class TrainSpec:
         return asdict(self)
 
 
-def choose_engine(engine: str = "auto") -> tuple[str, str]:
+def choose_engine(engine: str = "auto", config: dict | None = None) -> tuple[str, str]:
     """The engine that will run here, and why. Call it before anything imports transformers:
     Unsloth patches the libraries when it is imported, so it must come first.
 
     Args:
-        engine: "auto", or the one wanted; what cannot run here falls back to trl and says so.
+        engine: "auto", or the one wanted; Unsloth falls back to trl where it cannot run. "auto" is
+            native, the fastest of the three at the same held-out loss (benchmarks/training.py),
+            for models whose loss it can compute.
+        config: the model's config.json, where it is known already.
 
     Raises:
         UnknownNameError: no such engine.
@@ -105,13 +112,20 @@ def choose_engine(engine: str = "auto") -> tuple[str, str]:
         raise unknown_name("engine", engine, ENGINES)
     if engine in ("trl", "native"):
         return engine, f"{engine} was asked for."
+    if engine == "auto":
+        if config and config.get("final_logit_softcapping"):
+            return "trl", "this model caps its logits, which the native engine does not: trl it is."
+        return "native", "the fastest of the three at the same loss (benchmarks/training.py)."
     import torch
 
-    asked = "Unsloth was asked for, but " if engine == "unsloth" else ""
     if not torch.cuda.is_available():
-        return "trl", f"{asked or ''}this machine has no GPU, which Unsloth needs: trl it is."
+        return "trl", (
+            "Unsloth was asked for, but this machine has no GPU, which Unsloth needs: trl it is."
+        )
     if importlib.util.find_spec("unsloth") is None:
-        return "trl", f"{asked}Unsloth is not installed (requirements-gpu.txt): trl it is."
+        return "trl", (
+            "Unsloth was asked for, but Unsloth is not installed (requirements-gpu.txt): trl it is."
+        )
     import unsloth  # noqa: F401
 
-    return "unsloth", "A GPU and Unsloth are here."
+    return "unsloth", "unsloth was asked for."
