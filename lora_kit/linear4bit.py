@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lora_kit.decode4bit import decode
 from lora_kit.errors import BadInputError
-from lora_kit.quantize import ABSMAX_BLOCK, QuantizedTensor, dequantize, quantize
+from lora_kit.quantize import ABSMAX_BLOCK, QuantizedTensor, quantize
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -128,7 +129,10 @@ class NF4Linear(nn.Module):
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Ŵ, (out_features, in_features), in the original weight's dtype or in `dtype`."""
-        return dequantize(self.quantized_weight).to(dtype or self.weight_dtype)
+        dtype = dtype or self.weight_dtype
+        # A half-precision weight is rounded as it was before; a float32 one may be rounded at once.
+        straight = self.weight_dtype == torch.float32 and not dtype.itemsize > 4
+        return decode(self.quantized_weight, dtype if straight else self.weight_dtype).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:

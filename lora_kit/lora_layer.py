@@ -3,9 +3,8 @@
     y = W x + s · B A dropout(x),      W (out, in) frozen,  A (rank, in),  B (out, rank)
 
 with s = alpha / rank (Hu et al. 2021, section 4.1) or alpha / sqrt(rank) (rank-stabilised LoRA,
-Kalajdzievski 2023). The dozen lines that teach it are in notebook 02; here they are fused: the
-scale rides inside a matrix product, the detour is added into the base's output in place, and
-nothing of the output's size is kept for the backward pass.
+Kalajdzievski 2023). The dozen lines that teach it are in notebook 02; here the layer is what keeps
+adapters apart and chooses between them, and `lora_products` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_kit.errors import BadInputError
-from lora_kit.lora_base import base_kind, keep_from_repacking, place_of, true_weight
+from lora_kit.lora_base import NF4, base_kind, keep_from_repacking, place_of, true_weight
+from lora_kit.lora_products import FusedLora, adapted_product, add_low_rank
 
 INITS = ("kaiming", "gaussian", "pissa")
 
@@ -67,67 +67,6 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class _FusedLora(torch.autograd.Function):
-    """y = x Wᵀ + b + s · x Aᵀ Bᵀ over a frozen dense W: matrix products only, no elementwise pass.
-
-    Saved for the backward pass: x, W, A, B and s·x·Aᵀ, which is only `rank` wide.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
-        flat = x.reshape(-1, x.shape[-1])
-        inner = _scaled_mm(flat, a.t(), scale)
-        out = F.linear(x, weight, bias)
-        out.view(-1, out.shape[-1]).addmm_(inner, b.t())
-        ctx.save_for_backward(flat, weight, a, b, inner)
-        ctx.scale, ctx.shape = scale, x.shape
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        flat, weight, a, b, inner = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        back = _scaled_mm(grad, b, ctx.scale)
-        grad_a = back.t() @ flat if ctx.needs_input_grad[3] else None
-        grad_b = grad.t() @ inner if ctx.needs_input_grad[4] else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(back, a).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
-
-
-class _AddLowRank(torch.autograd.Function):
-    """out + s · x Aᵀ Bᵀ, written into `out` (the base layer's fresh result)."""
-
-    @staticmethod
-    def forward(ctx, out, x, a, b, scale):
-        flat = x.reshape(-1, x.shape[-1])
-        inner = _scaled_mm(flat, a.t(), scale)
-        out.view(-1, out.shape[-1]).addmm_(inner, b.t())
-        ctx.mark_dirty(out)
-        ctx.save_for_backward(flat, a, b, inner)
-        ctx.scale, ctx.shape = scale, x.shape
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        flat, a, b, inner = ctx.saved_tensors
-        grads = grad.reshape(-1, grad.shape[-1])
-        back = _scaled_mm(grads, b, ctx.scale)
-        grad_a = back.t() @ flat if ctx.needs_input_grad[2] else None
-        grad_b = grads.t() @ inner if ctx.needs_input_grad[3] else None
-        grad_x = (back @ a).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, grad_a, grad_b, None
-
-
-def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale · left @ right in one product: the scale is the alpha that GEMM has anyway."""
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer (dense, NF4 or bitsandbytes 4-bit) that carries named adapters.
 
@@ -137,6 +76,10 @@ class LoRALinear(nn.Module):
     itself stays as it was: y = W x + s · (B A − B₀ A₀) x, which equals training A and B over the
     residual W − s · B₀ A₀.
     """
+
+    # Whether a long input may be multiplied by W + s · B A in place of W and the detour. A merge
+    # turns it off while it proves itself: it must not be compared with another merge.
+    may_fold = True
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -259,8 +202,9 @@ class LoRALinear(nn.Module):
             return self.base_layer(x)
         spec = self.specs[name]
         a, b = self._modules["lora_A"]._parameters[name], self._modules["lora_B"]._parameters[name]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        kind = "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         dropping = self.training and spec.dropout > 0
         if spec.dora or x.dtype != a.dtype:
@@ -270,17 +214,17 @@ class LoRALinear(nn.Module):
         if simple and not torch.is_grad_enabled() and spec.init != "pissa" and not dropping:
             # A generated token is a few microseconds of arithmetic a layer: every call counts.
             weights = base._parameters
-            out = F.linear(x, weights["weight"], weights["bias"])
-            if out.dtype == a.dtype:
-                inner = x.reshape(-1, x.shape[-1]).mm(a.t())
-                out.view(-1, out.shape[-1]).addmm_(inner, b.t(), alpha=spec.scale)
-                return out
-            return add_low_rank(out, x, a, b, spec.scale)
+            weight, bias = weights["weight"], weights["bias"]
+            if weight.dtype == a.dtype and not x.is_cuda:
+                return adapted_product(x, weight, bias, a, b, spec.scale, self.may_fold)
+            return add_low_rank(F.linear(x, weight, bias), x, a, b, spec.scale)
         if spec.init == "pissa" and not dropping:  # one detour of rank 2r: s · [B, −B₀] [A; A₀] x
             start_a, start_b = (start.to(x.dtype) for start in self.start(name))
             a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
-        if simple and not dropping and self._can_fuse(base, x):
-            return _FusedLora.apply(x, base.weight, base.bias, a, b, spec.scale)
+        if torch.is_grad_enabled() and not dropping and not x.is_cuda:
+            weight = _fusable_weight(base, x)
+            if weight is not None:
+                return FusedLora.apply(x, weight, base.bias, a, b, spec.scale)
         out = base(x)
         if base._forward_hooks:  # a hook may have kept the base's output: do not write into it
             out = out.clone()
@@ -290,17 +234,6 @@ class LoRALinear(nn.Module):
             start_a, start_b = (start.to(x.dtype) for start in self.start(name))
             out = add_low_rank(out, x, start_a, start_b, -spec.scale)
         return add_low_rank(out, F.dropout(x, spec.dropout, training=True), a, b, spec.scale)
-
-    @staticmethod
-    def _can_fuse(base: nn.Module, x: torch.Tensor) -> bool:
-        """A frozen layer in the input's dtype, with no hook that a by-pass would skip."""
-        return (
-            torch.is_grad_enabled()
-            and base.weight.dtype == x.dtype
-            and not base.weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
-            and not (base._backward_hooks or base._backward_pre_hooks)
-        )
 
     def _plain_forward(self, x, a, b, spec, name, dropping) -> torch.Tensor:
         """Torch's own operations, for DoRA and for an adapter finer than its input."""
@@ -330,21 +263,22 @@ class LoRALinear(nn.Module):
         return f"adapters: {adapters}, active: {self.active}{state}"
 
 
-def add_low_rank(out, x, a, b, scale: float) -> torch.Tensor:
-    """out + scale · x Aᵀ Bᵀ, in place where `out` may be written to.
-
-    Shapes: out (..., out_features), x (..., in_features), a (rank, in), b (out, rank), one dtype.
-    """
-    if out.dtype != a.dtype or (out.requires_grad and out.is_leaf):
-        low = F.linear(F.linear(x.to(a.dtype), a), b) * scale
-        return (out + low).to(out.dtype)
-    if torch.is_grad_enabled():
-        if out._is_view():  # autograd refuses to write into some views, and is slow for the others
-            out = out.clone()
-        return _AddLowRank.apply(out, x, a, b, scale)
-    inner = x.reshape(-1, x.shape[-1]) @ a.t()
-    out.view(-1, out.shape[-1]).addmm_(inner, b.t(), alpha=scale)
-    return out
+def _fusable_weight(base: nn.Module, x: torch.Tensor):
+    """What `FusedLora` multiplies by, or None: the base must be frozen, compute in the input's
+    dtype, and have no hook that a by-pass would skip."""
+    if base._forward_hooks or base._forward_pre_hooks:
+        return None
+    if base._backward_hooks or base._backward_pre_hooks:
+        return None
+    bias = base.bias
+    if bias is not None and (bias.requires_grad or bias.dtype != x.dtype):
+        return None
+    if type(base) is nn.Linear:
+        frozen = not base.weight.requires_grad and base.weight.dtype == x.dtype
+        return base.weight if frozen else None
+    if base_kind(base) == NF4 and base.in_features == x.shape[-1]:
+        return base.dequantized_weight if base.compute_dtype in (None, x.dtype) else None
+    return None
 
 
 def check_rank(spec: LoraSpec, in_features: int, out_features: int, path: str = "") -> None:

@@ -153,7 +153,7 @@ def _check_finite(layers: dict[str, LoRALinear], name: str) -> None:
 
 @torch.no_grad()
 def _prove(model, layers, name, batch, dense, tolerance) -> MergeReport:
-    with _input_dtypes(layers) as dtypes:
+    with _input_dtypes(layers) as dtypes, _detours_kept(layers):
         unmerged = _outputs(model, batch, "with the adapter beside the weights")
     set_active(model, None)
     bare = _outputs(model, batch, "of the base alone")
@@ -288,6 +288,19 @@ def _coarsest(layer: LoRALinear, seen: torch.dtype | None) -> torch.dtype:
     if base_kind(layer.base_layer) == DENSE:
         dtypes.append(layer.base_layer.weight.dtype)
     return max((d for d in dtypes if d in TOLERANCE), key=lambda d: TOLERANCE[d])
+
+
+@contextmanager
+def _detours_kept(layers: dict[str, LoRALinear]):
+    """During the block no layer folds its adapter into a copy of W: that would be the merge itself,
+    and a proof against itself proves nothing."""
+    for layer in layers.values():
+        layer.may_fold = False
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.may_fold
 
 
 @contextmanager

@@ -286,6 +286,27 @@ def test_a_wrong_merge_is_caught(monkeypatch):
     refuse(adapted(nf4_llama()), MergeError, "more than")
 
 
+def test_the_proof_compares_with_detours_not_with_another_merge(monkeypatch):
+    """A long input is multiplied by W + s · B A anyway: the proof must not count that unmerged."""
+    import lora_kit.lora_layer as module
+
+    folds, right = [], module.adapted_product
+    monkeypatch.setattr(
+        module, "adapted_product", lambda *args: folds.append(args[6]) or right(*args)
+    )
+    model = adapted(tiny_llama())
+    with torch.no_grad():
+        model(ids())
+    assert folds
+    assert all(folds)
+    folds.clear()
+    merge_lora(model, ids())
+    assert folds
+    assert not any(folds)
+    unmerge_lora(model)
+    assert all(layer.may_fold for layer in lora_layers(model).values())
+
+
 def test_a_bad_requantisation_is_caught(monkeypatch):
     """As if packed bytes were scrambled: the dense proof passes, the 4-bit layer must not."""
     import lora_kit.lora_merge as module
