@@ -60,14 +60,14 @@ SPEC = {
 }
 # Steps of one of the three timed stretches: enough for a second or more each.
 STRETCH = {
-    "unsloth, usual": 3,
-    "unsloth, ours": 6,
-    "trl": 6,
+    "unsloth, usual": 2,
+    "unsloth, ours": 4,
+    "trl": 4,
     "native, no graphs": 10,
     "native, 32 rows a step": 40,
     "native, compiled": 20,
 }
-WARM_UP = 3
+WARM_UP = 2
 # (checkpointing, batch) of the memory part, by model; all tokens have a label.
 MEMORY = {SMALL: ((False, 6), (True, 12)), LARGE: ((False, 3), (True, 8))}
 SEQ = 384
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=240, help="rows of the loss part")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the loss part")
     parser.add_argument("--only", help="only the engine with this name: native, trl, unsloth")
+    parser.add_argument("--way", action="append", help="only this way; may be repeated")
     parser.add_argument("--budget", type=float, default=570, help="start nothing after seconds")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
@@ -141,13 +142,13 @@ def plan(args, models: dict[str, str]):
                 ]
                 yield {"part": "speed", "name": engine, "runs": runs, "turn": turn}
         return
-    chosen = [w for w in WAYS if args.only in (None, WAYS[w][0])]
+    chosen = [w for w in args.way or WAYS if args.only in (None, WAYS[w][0])]
     sizes = (SMALL, LARGE)
     for engine in ("native", "trl", "unsloth"):  # the quickest first: nothing waits in vain
         ways = [w for w in chosen if WAYS[w][0] == engine and "compiled" not in w]
         runs = []
-        if "speed" in args.part:
-            stretch = 4 if args.quick else 100
+        if "speed" in args.part and ways:
+            stretch = 4 if args.quick else 60
             runs += [
                 {"way": w, "model": m, "path": models[m], "stretches": 3, "seed": 0}
                 | {"stretch": min(STRETCH.get(w, stretch), stretch)}
@@ -156,7 +157,7 @@ def plan(args, models: dict[str, str]):
             ]
         if runs:
             yield {"part": "timed", "name": engine, "runs": runs}
-    if "speed" in args.part and "native, compiled" in chosen:
+    if "speed" in args.part and "native, compiled" in chosen and not args.quick:
         run = {"way": "native, compiled", "model": LARGE, "path": models[LARGE]}
         run |= {"stretch": STRETCH["native, compiled"], "stretches": 3, "seed": 0}
         yield {"part": "speed", "name": "native, compiled", "runs": [run]}

@@ -12,7 +12,9 @@ traces of the allocations of fp16 QLoRA steps.
                   products
         loss      12·T·V: logits and their gradient at 2 bytes, log-softmax and its gradient at 4
     native    the same, but keys and values are repeated for each query head (4q in place of
-              2q + 2k), for a mask goes with them; logits of 1024 labels at a time
+              2q + 2k), for a mask goes with them; logits of 1024 labels at a time, and 4h + 3c·h
+              where hidden states are gathered for them. T is what packing makes of the rows:
+              sequences of at most 1024 tokens, all as long as the longest, in steps of 128
     trl       peft keeps what `plain` keeps, and where the card has no FlashAttention 3q more in
               float32 and the S×S scores of every head (4·S·heads a token): transformers leaves
               grouped queries to torch, whose other fused kernel does not take them. The loss goes
@@ -33,7 +35,8 @@ from dataclasses import dataclass
 from lora_kit.architectures import Architecture
 
 ENGINES = ("plain", "native", "trl", "unsloth")
-LABELS_AT_ONCE = 1024  # native's; `train.native` makes the logits of so many at a time
+# native's: `train.native` and `train.packing` work by these
+LABELS_AT_ONCE, PACK_LENGTH, LENGTH_STEP = 1024, 1024, 128
 TRL_VOCABULARY = 16_384
 UNSLOTH_LOGITS = 256 * 2**20
 
@@ -65,7 +68,7 @@ def step_bytes(
         c: bytes to a number of the compute dtype.
         flash: whether the card has FlashAttention.
     """
-    tokens = batch * seq
+    tokens = packed_tokens(batch, seq) if engine == "native" else batch * seq
     scores = 0
     if engine == "trl" and not flash and shape.num_heads != shape.num_kv_heads:
         scores = 4 * shape.num_heads * seq * tokens
@@ -77,6 +80,13 @@ def step_bytes(
     again = max(layer, 4 * scores + tokens * (16 * q + 8 * h)) if scores else layer
     inputs = (6 if engine == "unsloth" else shape.num_layers) * tokens * h * c
     return StepBytes(inputs, loss, again)
+
+
+def packed_tokens(batch: int, seq: int) -> int:
+    """Tokens, padding counted, of `batch` rows of `seq` in the native engine's sequences."""
+    together = min(batch, max(1, PACK_LENGTH // seq))
+    length = -(-together * seq // LENGTH_STEP) * LENGTH_STEP
+    return -(-batch // together) * length
 
 
 def _layer(engine: str, shape: Architecture, rank: int, c: int, scores: bool) -> int:
@@ -99,4 +109,7 @@ def _loss(engine: str, shape: Architecture, tokens: int, c: int) -> int:
     if engine == "unsloth":
         most = UNSLOTH_LOGITS // (c * vocabulary)
         return c * vocabulary * min(tokens, 2 ** (max(1, most).bit_length() - 1))
-    return 12 * vocabulary * (min(tokens, LABELS_AT_ONCE) if engine == "native" else tokens)
+    if engine == "native":
+        gathered = tokens * shape.hidden_size * (4 + 3 * c)
+        return 12 * vocabulary * min(tokens, LABELS_AT_ONCE) + gathered
+    return 12 * vocabulary * tokens

@@ -163,6 +163,17 @@ def test_in_place(make, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_in_place_with_a_set_says_so_in_the_outputs(make, tmp_path):
+    opening = "from lora_kit.notebook import begin\nglobals().update(begin('09_tiny', globals()))"
+    path = make(f"{opening}\nprint(STEPS)")
+    given = tmp_path / "given.yaml"
+    given.write_text("STEPS: 7\n")
+    runner.run_in_place(str(path), str(given))
+    held = nbformat.reads(path.read_text(), 4)
+    assert "STEPS = 7" in held.cells[-1].outputs[0].text
+    assert held.cells[-1].outputs[0].text.endswith("7\n")
+
+
 def test_in_place_failing_changes_nothing(make):
     path = make("1 / 0")
     before = path.read_bytes()

@@ -22,7 +22,7 @@ def test_every_optimiser_lowers_the_loss_in_fp16(optimizer):
     rows = some_rows(8)
     spec = tiny_spec(batch_size=8, steps=30, optimizer=optimizer)
     done = native.train(on_gpu(), rows, spec, 30, 0, say=lambda *_: None).progress
-    assert done.losses[-1][1] < 0.8 * done.losses[0][1]
+    assert done.losses[-1][1] < done.losses[0][1] - 0.2
     assert done.skipped == 0
 
 

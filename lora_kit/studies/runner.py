@@ -161,9 +161,10 @@ def run_notebook(
     return RunResult(target, write_record(record, record_path), record)
 
 
-def run_in_place(name: str) -> Path:
-    """Execute a notebook with its default parameters and store the outputs in the notebook itself,
-    figures in `figures/`: how the committed notebooks are made. A failed run changes nothing.
+def run_in_place(name: str, file: str | None = None) -> Path:
+    """Execute a notebook with its default parameters, or with those of a parameter set (its outputs
+    then say so), and store the outputs in the notebook itself, figures in `figures/`: how the
+    committed notebooks are made. A failed run changes nothing.
 
     Raises:
         RunFailedError: names the cell.
@@ -173,7 +174,7 @@ def run_in_place(name: str) -> Path:
     path = find_notebook(name)
     part = path.parent / f".{path.stem}.part.ipynb"
     try:
-        with _environment(None):
+        with _environment(None, file):
             _execute(path, part, {})
         executed = nbformat.read(part, as_version=4)
     finally:
@@ -234,10 +235,12 @@ def _execute(path: Path, target: Path, given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _environment(output: Path | None):
+def _environment(output: Path | None, file: str | None = None):
     """Figures beside the run's output, and no parameter set but the one given."""
     old = {k: os.environ.get(k) for k in ("LORA_KIT_FIGURES", SET_SWITCH)}
     os.environ.pop(SET_SWITCH, None)
+    if file is not None:
+        os.environ[SET_SWITCH] = file
     if output is not None:
         os.environ["LORA_KIT_FIGURES"] = str(output / "figures")
     try:

@@ -5,17 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_kit import store
+from lora_kit.errors import BadInputError
 from lora_kit.hardware import GIB
 from lora_kit.train.finetune import TrainResult
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
-
-
-def base_address(name: str) -> str:
-    """The hub id of a registry model, or the folder itself."""
-    from lora_kit.model_registry import MODELS
-
-    return MODELS[name].hub_id if name in MODELS else name
+from lora_kit.vllm import base_address, serve_command
 
 
 def vllm_command(model: str, result: TrainResult, capability: tuple[int, int] | None = None) -> str:
@@ -25,13 +18,12 @@ def vllm_command(model: str, result: TrainResult, capability: tuple[int, int] | 
         model: what was given to `finetune`.
         capability: of the GPU that will serve; below 8.0 there is no bf16, so half is asked for.
     """
-    rank = next((r for r in VLLM_RANKS if r >= result.spec.rank), VLLM_RANKS[-1])
     adapter = result.adapter
-    half = " --dtype half" if capability is None or capability < (8, 0) else ""
-    return (
-        f"vllm serve {base_address(model)} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {adapter.name}={adapter.resolve()}{half}"
-    )
+    half = capability is None or capability < (8, 0)
+    try:
+        return serve_command(model, {adapter.name: adapter.resolve()}, result.spec.rank, half=half)
+    except BadInputError as e:
+        return str(e)  # a rank vLLM does not take is no reason to lose the card
 
 
 def write_card(

@@ -21,11 +21,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
+from lora_kit.engine_memory import LENGTH_STEP
 from lora_kit.prompts import IGNORE
 from lora_kit.train.packing import Batch
 from lora_kit.train.spec import TrainSpec
 
-LENGTH_STEP, LABEL_STEP = 128, 256  # shapes are rounded up to these: about 15 for Alpaca's rows
+LABEL_STEP = 256  # with LENGTH_STEP, about 15 shapes for Alpaca's rows
 
 # Runs a batch forward and backward: (batch on the device, labels of the whole step) → loss.
 Work = Callable[[Batch, torch.Tensor], torch.Tensor]

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lora_kit.architectures import check_targets
+from lora_kit.engine_memory import LABELS_AT_ONCE  # more labels' logits are made in pieces
 from lora_kit.errors import BadInputError, RunFailedError
 from lora_kit.hardware import PeakMemory
 from lora_kit.prompts import IGNORE
@@ -37,7 +38,6 @@ from lora_kit.train.optimizers import make_optimizer
 from lora_kit.train.packing import Batch, collate
 from lora_kit.train.spec import TrainSpec
 
-LABELS_AT_ONCE = 1024  # logits of more labels than this are made, and made again, in pieces
 MOST_SKIPPED = {True: 12, False: 3}  # steps skipped in a row before giving up: fp16, others
 
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kit.engine_memory import PACK_LENGTH  # attention's cost grows with the square
 from lora_kit.errors import BadInputError
 from lora_kit.prompts import IGNORE
 
-PACK_LENGTH = 1024  # attention's cost grows with the square: longer sequences gain nothing
 MULTIPLE = 16  # lengths the memory-efficient attention kernel takes without copying the mask
 
 

@@ -9,6 +9,7 @@ from lora_kit.data import Dataset
 from lora_kit.errors import BadInputError, unknown_name
 from lora_kit.train.finetune import TrainResult, finetune
 from lora_kit.train.papers import PAPER_RECIPES, Recipe, format_recipe
+from lora_kit.train.small import SMALL_RECIPES
 from lora_kit.train.spec import TrainSpec
 
 RECIPES: dict[str, Recipe] = {
@@ -39,11 +40,11 @@ RECIPES: dict[str, Recipe] = {
             max_length=512,
             style="alpaca",
             quantization="nf4",
-            checkpointing=True,
         ),
         "Rank 16 on all linear layers and 4-bit NF4 as in QLoRA (Dettmers et al. 2023, section 4); "
         "rate 2e-4 is QLoRA's for 7B (its Table 9); batch and length are ours, for a T4.",
     ),
+    **SMALL_RECIPES,
     **PAPER_RECIPES,
 }
 
@@ -122,7 +123,7 @@ def skill_adapter(
     """The adapter of a generated skill, trained at the first call and reused afterwards.
 
     Args:
-        name: a recipe with a skill ("addition", "reversal").
+        name: a recipe with a skill ("addition", "reversal", "sorting-small", …).
         model: a registry name or a local folder.
         steps: optimiser steps; the recipe's by default.
         seed: of the rows, the adapter's start and the order of training.
