@@ -88,7 +88,7 @@ def test_minutes_and_memory_grow_with_the_work(tokenizer):
     assert long.minutes == pytest.approx(2 * short.minutes)
     again = estimate(report, tiny_spec(steps=10, checkpointing=True), shape, hardware, 1e9)
     assert again.minutes == pytest.approx(1.5 * short.minutes)
-    wide = estimate(report, tiny_spec(batch_size=8, steps=10), shape, hardware, 1e9)
+    wide = estimate(report, tiny_spec(batch_size=40, steps=10), shape, hardware, 1e9)
     assert wide.memory > short.memory
     epochs = estimate(report, tiny_spec(steps=0, epochs=3), shape, hardware, 1e9)
     assert epochs.steps == 30
