@@ -84,10 +84,19 @@ def folder(paper: str | None = None) -> Path:
         UnknownNameError: no such paper.
         NotAvailableError: the package was installed without its checkout.
     """
-    if paper is not None and paper not in PAPERS:
-        raise unknown_name("paper", paper, PAPERS)
     base = store.repository() / "data" / "papers"
-    return base if paper is None else base / paper
+    return base if paper is None else base / known_paper(paper)
+
+
+def known_paper(name: str) -> str:
+    """The name, if it is a key of `PAPERS`.
+
+    Raises:
+        UnknownNameError: it is not.
+    """
+    if name not in PAPERS:
+        raise unknown_name("paper", name, PAPERS)
+    return name
 
 
 def tables(paper: str) -> list[str]:

@@ -84,13 +84,15 @@ def versions() -> dict[str, str]:
     """The versions of the packages a result depends on, those that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
+    from lora_kit import __version__
+
     found = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return {**found, "lora-kit": __version__}  # of a checkout that was never installed too
 
 
 def write_record(record: Record, path: Path) -> Path:

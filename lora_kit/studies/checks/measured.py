@@ -1,0 +1,253 @@
+"""Checks of experimental claims against this kit's own records in data/results/.
+
+Without its records a check says "not reproduced here: no record yet", so that a record that arrives
+asks for its line of the ledger to be read again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+from lora_kit.studies.checks.outcome import (
+    NOT_REPRODUCED,
+    REPRODUCED,
+    Outcome,
+    check,
+    text,
+)
+from lora_kit.studies.records import Record, read_records
+
+NO_RECORD = "no record yet"
+PLACEMENTS, RANKS = ("attention", "mlp", "all"), (2, 8, 32, 128)
+
+
+@cache
+def records(study: str) -> tuple[Record, ...]:
+    return tuple(read_records(study))
+
+
+def awaited(study: str) -> Outcome:
+    return Outcome(NOT_REPRODUCED, f"{NO_RECORD} in data/results/{study}")
+
+
+def reproduced(cases: dict[str, bool], what: str, tolerance: str = "none") -> Outcome:
+    wrong = [name for name, true in cases.items() if not true]
+    found = f"{len(cases) - len(wrong)} of {len(cases)} {what}"
+    verdict = NOT_REPRODUCED if wrong else REPRODUCED
+    return Outcome(verdict, found + (f"; not {', '.join(wrong)}" if wrong else ""), tolerance)
+
+
+# ------------------------------------------------------------------ rank and placement
+
+
+def _placement() -> dict[tuple[str, int], Record]:
+    return {(r.parameters["placement"], r.parameters["rank"]): r for r in records("lora_placement")}
+
+
+@check
+def higher_rank_is_better() -> Outcome:
+    cells = _placement()
+    if not cells:
+        return awaited("lora_placement")
+    cases = {}
+    for place, (low, high) in itertools.product(PLACEMENTS, itertools.pairwise(RANKS)):
+        a, b = (cells[place, rank].metrics["accuracy"].value for rank in (low, high))
+        cases[f"{place} r{low} to r{high} ({a:.2f} to {b:.2f})"] = b > a
+    return reproduced(cases, "steps up raise the accuracy, mean of 3 seeds")
+
+
+@check
+def both_placements_beat_one() -> Outcome:
+    cells = _placement()
+    if not cells:
+        return awaited("lora_placement")
+    cases = {}
+    for rank, other in itertools.product(RANKS, PLACEMENTS[:2]):
+        a, b = (cells[place, rank].metrics["accuracy"].value for place in (other, "all"))
+        cases[f"{other} r{rank} ({a:.2f} against {b:.2f})"] = b > a
+    return reproduced(cases, "comparisons at the same rank, mean of 3 seeds")
+
+
+@check
+def tuning_teaches_addition() -> Outcome:
+    cells = _placement()
+    if not cells:
+        return awaited("lora_placement")
+    m = cells["all", 32].metrics
+    found = f"3 digits: {m['base_accuracy']:.2f} before, {m['accuracy'].value:.2f} after, r 32"
+    better = m["accuracy"].low > m["base_accuracy"]
+    return Outcome(REPRODUCED if better else NOT_REPRODUCED, found, "95 % interval over seeds")
+
+
+# ------------------------------------------------------------------ forgetting
+
+
+@cache
+def _judged() -> tuple:
+    from lora_kit.studies.forgetting_claims import judge_claims
+    from lora_kit.studies.forgetting_report import read_study
+
+    return tuple(judge_claims(read_study()))
+
+
+def _forgetting(words: str) -> Outcome:
+    """A claim of mai2025 as `studies.forgetting_claims` judges it on our records."""
+    from lora_kit.studies.forgetting_claims import AT_OUR_SCALE
+
+    (claim,) = [c for c in _judged() if words in c.claim]
+    found = claim.ours if claim.verdict in claim.ours else f"{claim.ours} ({claim.verdict})"
+    return Outcome(REPRODUCED if claim.verdict == AT_OUR_SCALE else NOT_REPRODUCED, found)
+
+
+@check
+def alpaca_erases_a_skill() -> Outcome:
+    return _forgetting("erases most of a skill")
+
+
+@check
+def alpaca_preserves_commonsense() -> Outcome:
+    return _forgetting("is preserved")
+
+
+@check
+def alpaca_loses_knowledge() -> Outcome:
+    return _forgetting("(MMLU CS) is lost")
+
+
+@check
+def mixed_data_keeps_skills() -> Outcome:
+    return _forgetting("mixed data")
+
+
+# ------------------------------------------------------------------ adapters on one base
+
+
+@check
+def adapters_specialise_one_base() -> Outcome:
+    found = [r for r in records("05_adapter_swapping") if "skill" in r.parameters]
+    found = [r for r in found if "base_accuracy" in r.metrics]
+    if not found:
+        return awaited("05_adapter_swapping")
+    cases = {}
+    for record in found:
+        a, b = record.metrics["base_accuracy"], record.metrics["accuracy"]
+        cases[f"{record.parameters['skill']} ({a.value:.2f} to {b.value:.2f})"] = b.low > a.high
+    return reproduced(cases, "skills rise beyond both intervals on one shared base")
+
+
+# ------------------------------------------------------------------ sums by length
+
+
+def _sums() -> tuple[list[dict], list[dict], int] | None:
+    """Base and tuned scores by length of the run that trained most lengths, and how many."""
+    found = records("addition_lengths")
+    if not found:
+        return None
+    best = max(found, key=lambda r: (r.parameters["most_trained"], r.parameters["most_tested"]))
+    return best.tables["base"], best.tables["tuned"], best.parameters["most_trained"]
+
+
+@check
+def sums_degrade_with_length() -> Outcome:
+    found = _sums()
+    if found is None:
+        return awaited("addition_lengths")
+    _, tuned, trained = found
+    low = min(row["low"] for row in tuned[:trained])
+    beyond = tuned[trained:]
+    cases = {f"{r['digits']} digits ({r['exact']:.2f})": r["high"] < low for r in beyond}
+    return reproduced(cases, f"lengths beyond {trained} lie below every trained one's {low:.2f}")
+
+
+@check
+def one_length_beyond_is_better_than_the_base() -> Outcome:
+    found = _sums()
+    if found is None:
+        return awaited("addition_lengths")
+    base, tuned, trained = found
+    rows = zip(base[: trained + 1], tuned[: trained + 1], strict=True)
+    cases = {
+        f"{b['digits']} digits ({b['exact']:.2f} to {t['exact']:.2f})": t["low"] > b["high"]
+        for b, t in rows
+    }
+    return reproduced(cases, f"lengths up to {trained + 1} rise beyond both intervals")
+
+
+@check
+def further_lengths_stay_near_zero() -> Outcome:
+    found = _sums()
+    if found is None:
+        return awaited("addition_lengths")
+    _, tuned, trained = found
+    far = tuned[trained + 1 :]
+    cases = {f"{r['digits']} digits ({r['exact']:.2f})": r["exact"] <= 0.05 for r in far}
+    return reproduced(cases, f"lengths beyond {trained + 1} have at most 5 % right", "5 %")
+
+
+@check
+def digit_accuracy_falls_more_gently() -> Outcome:
+    found = _sums()
+    if found is None:
+        return awaited("addition_lengths")
+    steps = {
+        name: max(a[name] - b[name] for a, b in itertools.pairwise(found[1]))
+        for name in ("exact", "digit_accuracy")
+    }
+    gentle = steps["digit_accuracy"] < steps["exact"]
+    words = f"largest fall by one digit: {steps['exact']:.2f} exact, "
+    words += f"{steps['digit_accuracy']:.2f} of digits"
+    return Outcome(REPRODUCED if gentle else NOT_REPRODUCED, words)
+
+
+# ------------------------------------------------------------------ a miniature LoRA Land
+
+
+def _mini():
+    from lora_kit.studies.mini_records import mini_table
+
+    found = [r for r in records("09_lora_land") if "task" in r.parameters and "lift" in r.metrics]
+    return mini_table(found) if len(found) > 5 else None
+
+
+@check
+def tuning_lifts_most_tasks() -> Outcome:
+    table = _mini()
+    if table is None:
+        return awaited("09_lora_land")
+    above = int((table["lift"] > 0).sum())
+    found = f"{above} of {len(table)} tasks rise, mean lift {table['lift'].mean():+.3f}"
+    return Outcome(
+        REPRODUCED if above >= 0.9 * len(table) else NOT_REPRODUCED, found, "nine tenths"
+    )
+
+
+@check
+def lift_follows_heuristics() -> Outcome:
+    from lora_kit.studies.mini_records import same_heuristics
+
+    table = _mini()
+    if table is None:
+        return awaited("09_lora_land")
+    frame = same_heuristics(table)
+    kept = frame[(frame["p_holm"] < 0.05) & (frame["paper"] * frame["mini"] > 0)]
+    found = f"{len(kept)} of {len(frame)} heuristics agree in sign at p < 0.05 (Holm)"
+    return Outcome(REPRODUCED if len(kept) else NOT_REPRODUCED, found)
+
+
+@check
+def rows_a_second_on_alpaca() -> Outcome:
+    """Mai tuned 50,000 Alpaca rows in 14 hours with Unsloth; how fast were we, held to T4 rules?"""
+    found = [
+        r
+        for r in records("03_qlora_finetuning")
+        if r.parameters.get("engine") == "unsloth" and (r.data or {}).get("name") == "alpaca"
+    ]
+    if not found:
+        return awaited("03_qlora_finetuning")
+    ours = sum(r.data["rows"] / r.seconds for r in found) / len(found)
+    most = text("mai2025", "2.3.1", "TinyLlama, samples").value
+    theirs = most / (3600 * text("mai2025", "table 1, note", "TinyLlama, time to tune").value)
+    model, card = found[0].model["name"], found[0].hardware["name"].partition(",")[0]
+    words = f"ours {ours:.1f} rows/s ({model} on {card}), theirs {theirs:.2f}"
+    return Outcome(NOT_REPRODUCED, f"{words} (1.1B on a T4): no common ground")
