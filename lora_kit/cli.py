@@ -17,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+export_app = typer.Typer(help="Write what other servers need.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
 
 
 @app.command()
@@ -32,7 +34,7 @@ def run(
         Path | None, typer.Option("-o", help="Folder for notebook, figures and record.")
     ] = None,
     in_place: Annotated[
-        bool, typer.Option(help="Store the outputs in the notebook itself (default parameters).")
+        bool, typer.Option(help="Store the outputs in the notebook itself.")
     ] = False,
 ) -> None:
     """Run a notebook: checked parameters in, executed copy, figures and a result record out."""
@@ -40,9 +42,9 @@ def run(
     from lora_kit.studies import runner
 
     if in_place:
-        if parameter or file or output:
-            raise LoraKitError("--in-place runs with the default parameters: drop -p, -f and -o.")
-        print(f"stored in {runner.run_in_place(notebook)}")
+        if parameter or output:
+            raise LoraKitError("--in-place takes its parameters from a set: drop -p and -o.")
+        print(f"stored in {runner.run_in_place(notebook, file)}")
         return
     for pair in parameter or []:
         if "=" not in pair:
@@ -82,6 +84,7 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit or sgd.")] = "adamw",
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = True,
     gpu: Annotated[str, typer.Option(help="The card to fit: t4, ...")] = "t4",
+    engine: Annotated[str, typer.Option(help="plain, native, trl or unsloth.")] = "plain",
 ) -> None:
     """Where each GiB of fine-tuning goes, and whether it fits. Downloads nothing."""
     from lora_kit.architectures import Architecture, architecture
@@ -108,6 +111,7 @@ def plan(
                 optimizer=optimizer,
                 checkpointing=checkpointing,
                 gpu=gpu,
+                engine=engine,
             )
         )
     )
@@ -131,6 +135,10 @@ def finetune(
     held_out: Annotated[int | None, typer.Option(help="Rows kept for measuring.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use so many rows.")] = None,
     report_only: Annotated[bool, typer.Option(help="Stop after the report.")] = False,
+    merged: Annotated[Path | None, typer.Option(help="Also write base + adapter, fp16.")] = None,
+    push: Annotated[str | None, typer.Option(help="Also upload the adapter: owner/name.")] = None,
+    log: Annotated[str, typer.Option(help="none, tensorboard or trackio (local files).")] = "none",
+    checkpoint_every: Annotated[int, typer.Option(help="Steps; 0: every two minutes.")] = 0,
 ) -> None:
     """Fine-tune a model on your rows. The same command carries on after a crash."""
     from lora_kit.train import from_data
@@ -141,7 +149,121 @@ def finetune(
         return
     spec = changed_recipe(recipe, _pairs(change, "--set"))
     names = _pairs(field, "--field")
-    from_data.finetune_from(model, data, spec, engine, output, held_out, limit, names, report_only)
+    from_data.finetune_from(
+        model,
+        data,
+        spec,
+        engine,
+        output,
+        held_out,
+        limit,
+        names,
+        report_only,
+        merged,
+        push,
+        log,
+        checkpoint_every,
+    )
+
+
+@app.command()
+def claims(
+    paper: Annotated[
+        str | None, typer.Option(help="saha2024, mai2025, oswal2025, zhao2024 or alwadhi2024.")
+    ] = None,
+    verdict: Annotated[
+        str | None, typer.Option(help="Its first words are enough: contradicted, overstated, …")
+    ] = None,
+    scan: Annotated[
+        bool, typer.Option("--scan", help="Doubtful cells of the papers' tables instead.")
+    ] = False,
+) -> None:
+    """Every claim of the five papers, checked: the printed value, the recomputed one, a verdict."""
+    from lora_kit.studies.claims_report import print_claims
+
+    print(print_claims(paper, verdict, scan))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A registry name, or a model's folder.")],
+    tasks: Annotated[
+        str, typer.Option(help="hellaswag, gsm8k, mmlu, humaneval, addition, any of lm-eval's.")
+    ] = "",
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Texts for the task perplexity.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many items of a task.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Worked examples; the task's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the examples and the bootstrap.")] = 0,
+    chat_template: Annotated[bool, typer.Option(help="Ask as a user of a chat.")] = False,
+    batch: Annotated[int, typer.Option(help="Rows at once, with --slow.")] = 8,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    quantisation: Annotated[
+        str, typer.Option("--quantisation", "--quantization", help="none or nf4.")
+    ] = "none",
+    slow: Annotated[bool, typer.Option("--slow", help="lm-eval's own model class.")] = False,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="Run a model's code without isolation.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The result's file.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Compare with this result.")] = None,
+) -> None:
+    """Score a model on benchmarks: every item kept, every score with its interval."""
+    from lora_kit.evaluate import command
+
+    spec = command.EvalSpec(
+        model=model,
+        tasks=tuple(tasks.split(",")),
+        adapter=adapter,
+        text=text,
+        limit=limit,
+        shots=shots,
+        seed=seed,
+        chat_template=chat_template,
+        batch=batch,
+        dtype=dtype,
+        quantisation=quantisation,
+        slow=slow,
+        unsafe_code=unsafe_code,
+        out=out,
+        against=against,
+    )
+    command.run_eval(spec)
+
+
+@app.command("compare")
+def compare_results(
+    base: Annotated[Path, typer.Argument(help="A result that lora-kit eval wrote.")],
+    tuned: Annotated[Path, typer.Argument(help="Another, of the same questions.")],
+    metric: Annotated[str | None, typer.Option(help="One metric; all by default.")] = None,
+) -> None:
+    """Two results item by item: paired intervals, McNemar's exact test, Holm's correction."""
+    from lora_kit.evaluate import command
+
+    command.run_compare(base, tuned, metric)
+
+
+@app.command("predict-lift")
+def predict_lift(
+    data: Annotated[str, typer.Argument(help="JSONL, JSON or CSV file, data set, or hub id.")],
+    base_score: Annotated[
+        float | None, typer.Option(help="The untuned model's score on the task, 0 to 1.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer counts lengths; the default model's.")
+    ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Rename a field of the rows.")
+    ] = None,
+) -> None:
+    """What tuning on your rows may bring, by LoRA Land's 31 tasks, and how far to trust that."""
+    from lora_kit.data_files import load_training_rows
+    from lora_kit.studies import predict_lift as study
+
+    loaded = load_training_rows(data, fields=_pairs(field, "--field"))
+    for reason, count, first in loaded.reasons():
+        print(f"left out: {count} row(s), the first is {first}: {reason}")
+    print(study.format_forecast(study.predict_lift(loaded.kept, base_score, model)))
 
 
 @app.command()
@@ -174,6 +296,63 @@ def fetch(model: Annotated[str, typer.Argument(help="A registry name.")]) -> Non
 
     files = fetch_model(model)
     print(f"{files.name} ({files.source}, {files.revision}) is in {files.path}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A registry name, or a model's folder.")] = (
+        "smollm2-135m-instruct"
+    ),
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapters; the kit's own by default.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen: this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORA_KIT_API_KEY", help="What clients must send.")
+    ] = None,
+    router: Annotated[
+        Path | None, typer.Option(help="A router's folder; the model 'auto' asks it.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Sequences generated side by side.")] = 32,
+    max_waiting: Annotated[int, typer.Option(help="How many more may wait.")] = 256,
+    seconds: Annotated[float, typer.Option(help="The longest a completion may take.")] = 120.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    quantisation: Annotated[
+        str, typer.Option("--quantisation", "--quantization", help="none or nf4.")
+    ] = "none",
+) -> None:
+    """Serve a base and its adapters over HTTP as OpenAI does: a model's name is an adapter's."""
+    from lora_kit.serve import command
+    from lora_kit.store import repository
+
+    folder = adapters or repository() / "data" / "adapters"
+    options = (max_rows, max_waiting, seconds, dtype, quantisation)
+    command.serve(command.ServeSpec(model, folder, host, port, api_key, router, *options))
+
+
+@export_app.command("vllm")
+def export_vllm(
+    output: Annotated[Path, typer.Option("-o", help="A folder that does not exist yet.")],
+    model: Annotated[str, typer.Argument(help="A registry name, a hub id or a folder.")] = (
+        "smollm2-135m-instruct"
+    ),
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapters; the kit's own by default.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Adapters one batch may mix.")] = None,
+    half: Annotated[bool, typer.Option(help="Ask for fp16: a T4 has no bf16.")] = False,
+) -> None:
+    """Adapter folders for vLLM and the command that serves them."""
+    from lora_kit import vllm
+    from lora_kit.serve.folder import adapters_in
+    from lora_kit.store import repository
+
+    found, left_out = adapters_in(adapters or repository() / "data" / "adapters")
+    for sentence in left_out:
+        print(f"left out: {sentence}")
+    command = vllm.export_vllm(model, found, output, slots, half)
+    print(f"{output}/serve.sh:\n{command}")
 
 
 @app.command()

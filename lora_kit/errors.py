@@ -33,6 +33,10 @@ class DiskSpaceError(LoraKitError):
     """Too little free space for what was asked."""
 
 
+class BusyError(LoraKitError):
+    """No place is left for a request just now; the same request may succeed in a moment."""
+
+
 class RunFailedError(LoraKitError):
     """A notebook or training run that stopped; the message says where and what was kept."""
 

@@ -3,16 +3,42 @@
 A skill of k digits is a numbered list of all its rows: row i of k-digit addition is one pair of
 operands. Drawing rows is then drawing distinct numbers, which is exact for every k, and a test set
 is disjoint from a training set because it is drawn first and left out.
+
+    addition     12+34=              46             k: digits of either number
+    subtraction  46-12=              34             (the larger number stands first)
+    reversal     reverse 417=        714            k: digits
+    sorting      sort 417=           147
+    largest      largest 417=        7
+    spelling     spell 417=          four one seven
+    case         upper red hat=      RED HAT        k: words
+    dates        date 2024-03-15=    15 March 2024  k: digits of the year
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lora_kit.data import Dataset
 from lora_kit.errors import BadInputError, unknown_name
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # 29 February is left out
+WORDS = (
+    *("apple", "bird", "black", "blue", "boat", "book", "box", "bread", "bridge", "car"),
+    *("cat", "chair", "city", "clock", "cloud", "cold", "cow", "dark", "dog", "door"),
+    *("egg", "field", "fire", "fish", "flower", "forest", "glass", "gold", "grass", "green"),
+    *("hand", "hat", "hill", "horse", "house", "ice", "island", "king", "lake", "lamp"),
+    *("leaf", "light", "milk", "moon", "mountain", "night", "ocean", "old", "paper", "queen"),
+    *("rain", "red", "river", "road", "salt", "sand", "ship", "small", "snow", "star"),
+    *("stone", "sun", "table", "tree"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +66,63 @@ def _reversal_row(k: int, i: int) -> tuple[str, str]:
     return f"reverse {text}=", text[::-1]
 
 
+def _subtraction_row(k: int, i: int) -> tuple[str, str]:
+    # Pairs a ≥ b in the order (0,0) (1,0) (1,1) (2,0) …: a is the triangular root of i.
+    low, _ = _operands(k)
+    a = (math.isqrt(8 * i + 1) - 1) // 2
+    b = i - a * (a + 1) // 2
+    return f"{low + a}-{low + b}=", str(a - b)
+
+
+def _sorting_row(k: int, i: int) -> tuple[str, str]:
+    text = f"{i:0{k}d}"
+    return f"sort {text}=", "".join(sorted(text))
+
+
+def _largest_row(k: int, i: int) -> tuple[str, str]:
+    text = f"{i:0{k}d}"
+    return f"largest {text}=", max(text)
+
+
+def _spelling_row(k: int, i: int) -> tuple[str, str]:
+    text = f"{i:0{k}d}"
+    return f"spell {text}=", " ".join(DIGITS[int(c)] for c in text)
+
+
+def _case_row(k: int, i: int) -> tuple[str, str]:
+    words = []
+    for _ in range(k):
+        i, word = divmod(i, len(WORDS))
+        words.append(WORDS[word])
+    text = " ".join(words)
+    return f"upper {text}=", text.upper()
+
+
+def _dates_row(k: int, i: int) -> tuple[str, str]:
+    year, day = divmod(i, sum(MONTH_DAYS))
+    year, month = year + _operands(k)[0], 0
+    while day >= MONTH_DAYS[month]:
+        day -= MONTH_DAYS[month]
+        month += 1
+    return f"date {year}-{month + 1:02d}-{day + 1:02d}=", f"{day + 1} {MONTHS[month]} {year}"
+
+
+def _pairs_in_order(k: int) -> int:
+    count = _operands(k)[1]
+    return count * (count + 1) // 2
+
+
 SKILLS: dict[str, Skill] = {
     skill.name: skill
     for skill in (
         Skill("addition", lambda k: _operands(k)[1] ** 2, _addition_row),
+        Skill("subtraction", _pairs_in_order, _subtraction_row),
         Skill("reversal", lambda k: 10**k, _reversal_row),
+        Skill("sorting", lambda k: 10**k, _sorting_row),
+        Skill("largest", lambda k: 10**k, _largest_row),
+        Skill("spelling", lambda k: 10**k, _spelling_row),
+        Skill("case", lambda k: len(WORDS) ** k, _case_row),
+        Skill("dates", lambda k: sum(MONTH_DAYS) * _operands(k)[1], _dates_row),
     )
 }
 
@@ -56,7 +134,8 @@ def draw_skill(
 
     `addition` is `"12+34=" → "46"`: both operands have exactly k digits, no leading zeros (k = 1
     draws from 0…9, k ≥ 2 from 10^(k−1)…10^k − 1). `reversal` is `"reverse 417=" → "714"`: copying
-    where addition needs carrying. Rows carry `digits` (k), so that accuracy can be read by length.
+    where addition needs carrying; the others stand at the top of this module. Rows carry `digits`
+    (k), so that accuracy can be read by length.
 
     Args:
         name: a name of SKILLS.

@@ -186,14 +186,14 @@ def test_run_refuses_before_anything_runs(call, tmp_path):
         (["03", "-p", "STEPS"], "-p STEPS lacks its value"),
         (["03", "-f", "smoky"], "Did you mean 'smoke'"),
         (["03", "-f", "nowhere.yaml"], "no parameters file nowhere.yaml"),
-        (["03", "--in-place", "-p", "STEPS", "2"], "drop -p, -f and -o"),
+        (["03", "--in-place", "-p", "STEPS", "2"], "drop -p and -o"),
     ):
         assert says in refused(call("run", *words, *out))
     assert not (tmp_path / "out").exists()
 
 
 def test_in_place(call, monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "run_in_place", lambda name: tmp_path / name)
+    monkeypatch.setattr(runner, "run_in_place", lambda name, file: tmp_path / name)
     assert call("run", "03", "--in-place")[:2] == (0, f"stored in {tmp_path / '03'}\n")
 
 
@@ -266,3 +266,55 @@ def test_plan_answers_at_once():
 def test_the_ground_floor_loads_nothing_heavy_by_itself(name):
     modules, _ = loaded_by(f"import lora_kit.{name}")
     assert not HEAVY & modules
+
+
+# ---- serve and export
+
+
+def test_serve_hands_over_what_was_asked(call, monkeypatch, tmp_path):
+    from lora_kit.serve import command
+
+    specs = []
+    monkeypatch.setattr(command, "serve", specs.append)
+    monkeypatch.delenv("LORA_KIT_API_KEY", raising=False)
+    call("serve", "some-model", "--adapters", tmp_path, "--port", 0, "--max-rows", 4)
+    call("serve")
+    first, second = specs
+    assert (first.model, first.adapters, first.port, first.max_rows) == (
+        *("some-model", tmp_path, 0, 4),
+    )
+    assert (second.model, second.host, second.port) == ("smollm2-135m-instruct", "127.0.0.1", 8000)
+    assert second.adapters.parts[-2:] == ("data", "adapters")
+    assert second.api_key is None
+    monkeypatch.setenv("LORA_KIT_API_KEY", "a-long-secret")
+    call("serve")
+    assert specs[-1].api_key == "a-long-secret"
+
+
+def test_serve_refuses_before_loading_anything(call, tmp_path):
+    import socket
+
+    assert "port must lie in" in refused(call("serve", "--port", 70000))
+    assert "max_rows must be above 0" in refused(call("serve", "--max-rows", 0))
+    assert "shorter than 8" in refused(call("serve", "--api-key", "short"))
+    assert "no adapter folder" in refused(call("serve", "--adapters", tmp_path / "none"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refused(call("serve", "--adapters", tmp_path, "--port", port))
+    assert f"Cannot listen on 127.0.0.1:{port}" in said
+
+
+def test_export_vllm(call, tmp_path):
+    from lora_fixtures import tiny_llama
+
+    from lora_kit.lora import LoraSpec, add_lora, save_lora
+
+    save_lora(add_lora(tiny_llama(), LoraSpec(4, 8), seed=0), tmp_path / "in" / "mine")
+    words = ("export", "vllm", "./base", "--adapters", tmp_path / "in", "-o", tmp_path / "out")
+    code, out, _ = call(*words)
+    assert code == 0
+    assert "vllm serve ./base --enable-lora --max-lora-rank 8" in out
+    assert (tmp_path / "out" / "serve.sh").exists()
+    assert "exists already" in refused(call(*words))

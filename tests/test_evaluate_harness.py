@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import lora_kit.evaluate.local_tasks as local_tasks
 import lora_kit.evaluate.tasks as tasks_module
 from lora_kit.data import Dataset, load_rows
 from lora_kit.errors import BadInputError, CorruptFileError, NotAvailableError, UnknownNameError
@@ -85,6 +86,7 @@ def folder(tmp_path, monkeypatch):
         with gzip.open(file, "wt") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     monkeypatch.setenv("LORA_KIT_DATA", str(tmp_path))
+    monkeypatch.setattr(local_tasks, "PUBLISHED", {})
     return tmp_path
 
 
@@ -159,10 +161,10 @@ def test_a_result_says_what_was_asked_and_of_whom(everyday):
 
 
 def test_strict_and_flexible_part_on_the_same_answers(model, tokenizer, monkeypatch):
-    from lm_eval.models.huggingface import HFLM
+    from lora_kit.evaluate.fast_model import FastLM
 
     answers = ["96", " 96\n", "96 and so on", "is it 96?", "", "69", "960"]
-    monkeypatch.setattr(HFLM, "generate_until", lambda *_, **__: answers)
+    monkeypatch.setattr(FastLM, "generate_until", lambda *_, **__: answers)
     row = {"prompt": "59+37=", "completion": "96", "digits": 2}
     found = evaluate(model, tokenizer, Dataset("addition", "test", (row,) * 7, "generated", "-"))
     assert found["addition"].scores("exact_match,strict-match") == [1, 1, 0, 0, 0, 0, 0]
@@ -264,10 +266,10 @@ def test_packaged_prompts_are_the_templates_written_out(folder):
 
 
 def test_gsm8k_is_scored_strictly_and_flexibly(folder, model, tokenizer, monkeypatch):
-    from lm_eval.models.huggingface import HFLM
+    from lora_kit.evaluate.fast_model import FastLM
 
     answers = ["8+3\n#### 11", "It makes 12.", "#### 12 no, 99", "none"]
-    monkeypatch.setattr(HFLM, "generate_until", lambda *_, **__: answers)
+    monkeypatch.setattr(FastLM, "generate_until", lambda *_, **__: answers)
     found = evaluate(model, tokenizer, "gsm8k")["gsm8k"]
     assert found.num_fewshot == 5
     assert found.scores("exact_match,strict-match") == [1, 0, 0, 0]
@@ -436,7 +438,7 @@ def test_the_packaged_definition_is_read_not_copied():
         ({"tasks": [everyday_items(), everyday_items()]}, "everyday is given twice"),
         ({"tasks": [3]}, "a name or a Dataset, not a int"),
         ({"tasks": Dataset("none", "test", (), "generated", "-")}, "has no rows"),
-        ({"tasks": Dataset("odd", "test", ({"text": "a"},), "generated", "-")}, "fields text"),
+        ({"tasks": Dataset("odd", "test", ({"words": "a"},), "generated", "-")}, "fields words"),
     ],
 )
 def test_bad_input_is_refused(model, tokenizer, options, says):

@@ -13,10 +13,12 @@ from lora_kit.errors import BadInputError
 from lora_kit.evaluate.statistics import (
     bootstrap,
     estimate,
+    holm,
     items_needed,
     mcnemar,
     paired_difference,
     proportion,
+    ratio,
     standard_error,
     unpaired_difference,
     wilson,
@@ -224,3 +226,33 @@ def test_pairs_must_be_pairs_and_right_or_wrong():
 def test_values_out_of_range_are_refused(call):
     with pytest.raises(BadInputError):
         call()
+
+
+def test_holm_is_the_step_down_procedure_written_out():
+    rng = np.random.default_rng(0)
+    for m in (1, 2, 7):
+        ps = rng.random(m) ** 2
+        order, running, expected = np.argsort(ps), 0.0, [0.0] * m
+        for i, at in enumerate(order):
+            running = max(running, min(1.0, (m - i) * ps[at]))
+            expected[at] = running
+        assert holm(list(ps)) == pytest.approx(expected)
+    for odd in ([], [0.5, 1.5], [float("nan")]):
+        with pytest.raises(BadInputError):
+            holm(odd)
+
+
+def test_a_ratio_is_of_the_sums_and_its_interval_covers():
+    found = ratio([1.0, 4.0], [2.0, 2.0])
+    assert (found.value, found.n) == (1.25, 2)
+    rng, inside = np.random.default_rng(1), 0
+    for seed in range(40):
+        w = rng.integers(5, 50, 60)
+        x = 0.7 * w + rng.normal(0, 3, 60)
+        one = ratio(x, w, seed=seed)
+        assert one.low < one.value < one.high
+        inside += one.low <= 0.7 <= one.high
+    assert inside >= 33
+    assert ratio([3.0], [2.0]).stderr is None
+    with pytest.raises(BadInputError, match="positive"):
+        ratio([1.0, 1.0], [1.0, 0.0])

@@ -1,13 +1,14 @@
 """Generated rows: exact digits, distinct, disjoint, the same from the same seed."""
 
 import re
+from datetime import datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kit.errors import BadInputError, UnknownNameError
-from lora_kit.skills import SKILLS, draw_skill, train_and_test
+from lora_kit.skills import DIGITS, SKILLS, WORDS, draw_skill, train_and_test
 
 ks = st.integers(1, 40)
 seeds = st.integers(0, 2**32)
@@ -15,17 +16,36 @@ seeds = st.integers(0, 2**32)
 
 def check(name, row):
     """Recompute a row from its prompt alone."""
-    k = row["digits"]
-    if name == "addition":
-        a, b = re.fullmatch(r"(\d+)\+(\d+)=", row["prompt"]).groups()
+    k, prompt, answer = row["digits"], row["prompt"], row["completion"]
+    if name in ("addition", "subtraction"):
+        a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)=", prompt).groups()
         for operand in (a, b):
             assert len(operand) == k
             assert k == 1 or operand[0] != "0"
-        assert row["completion"] == str(int(a) + int(b))
+        assert sign == {"addition": "+", "subtraction": "-"}[name]
+        assert answer == str(int(a) + int(sign + b))
+        assert int(answer) >= 0
+    elif name == "case":
+        (text,) = re.fullmatch(r"upper ([a-z ]+)=", prompt).groups()
+        assert len(text.split(" ")) == k
+        assert set(text.split(" ")) <= set(WORDS)
+        assert answer == text.upper()
+    elif name == "dates":
+        year, month, day = re.fullmatch(r"date (\d+)-(\d\d)-(\d\d)=", prompt).groups()
+        assert len(year) == k
+        written = datetime.strptime(f"2001-{month}-{day}", "%Y-%m-%d")  # no leap year
+        assert answer == f"{written.day} {written:%B} {year}"
     else:
-        (text,) = re.fullmatch(r"reverse (\d+)=", row["prompt"]).groups()
-        assert len(text) == len(row["completion"]) == k
-        assert [text[-1 - i] for i in range(k)] == list(row["completion"])
+        word = {"reversal": "reverse", "sorting": "sort", "spelling": "spell"}.get(name, name)
+        (text,) = re.fullmatch(rf"{word} (\d+)=", prompt).groups()
+        assert len(text) == k
+        wanted = {
+            "reversal": "".join(text[-1 - i] for i in range(k)),
+            "sorting": "".join(d * text.count(d) for d in "0123456789"),
+            "largest": str(max(int(d) for d in text)),
+            "spelling": " ".join(DIGITS[int(d)] for d in text),
+        }
+        assert answer == wanted[name]
 
 
 @settings(deadline=None, max_examples=60)
@@ -65,11 +85,16 @@ def test_thirty_digits():
     assert len({r["prompt"] for r in (*train, *test)}) == 250
 
 
-@pytest.mark.parametrize(("name", "k", "size"), [("addition", 1, 100), ("reversal", 1, 10)])
+@pytest.mark.parametrize(
+    ("name", "k", "size"),
+    [("addition", 1, 100), ("reversal", 1, 10), ("subtraction", 2, 4095), ("dates", 1, 3650)],
+)
 def test_a_whole_space_is_drawn_once_each(name, k, size):
     assert SKILLS[name].space(k) == size
     rows = draw_skill(name, k, size, 3).rows
     assert len({r["prompt"] for r in rows}) == size
+    for row in rows:
+        check(name, row)
     if name == "addition":
         wanted = {f"{a}+{b}={a + b}" for a in range(10) for b in range(10)}
         assert {r["prompt"] + r["completion"] for r in rows} == wanted

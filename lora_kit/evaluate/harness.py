@@ -12,15 +12,23 @@ import io
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from lora_kit.data import Dataset
 from lora_kit.errors import BadInputError
-from lora_kit.evaluate.results import EvalResult, ItemScore, TaskScore
-from lora_kit.evaluate.statistics import Estimate, estimate
+from lora_kit.evaluate.code import score_humaneval
+from lora_kit.evaluate.humaneval import STOPS
+from lora_kit.evaluate.local_tasks import members
+from lora_kit.evaluate.results import EvalResult, TaskScore
+from lora_kit.evaluate.samples import task_score
 from lora_kit.evaluate.tasks import TaskPlan, plan_tasks
+
+HUMANEVAL = "humaneval"
+CODE_TOKENS = 1024  # of an answer: lm-eval's number
 
 
 def evaluate(
@@ -34,21 +42,34 @@ def evaluate(
     chat_template: bool = False,
     adapter: bool = True,
     name: str | None = None,
+    fast: bool = True,
+    unsafe_code: bool = False,
+    keep_answers: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Score a model on tasks.
 
     Args:
         model: a transformers or peft model; left in the mode it was in.
         tokenizer: its tokenizer; left as it was.
-        tasks: names ("hellaswag", "gsm8k", any of lm-eval's), or Datasets of generated rows, or a
-            list of both. Names are read from LORA_KIT_DATA where it has them, else from the hub.
+        tasks: names ("hellaswag", "gsm8k", "mmlu", "humaneval", "addition", any of lm-eval's), or
+            Datasets of generated rows, or a list of both (`plan_tasks`). Benchmarks are read from
+            LORA_KIT_DATA where it has them, else from the hub.
         limit: the first so many items of each task; None for all.
         num_fewshot: worked examples before each question; None for the task's own number.
-        batch_size: rows at once; log-probabilities take batch × tokens × vocabulary × 4 bytes.
+        batch_size: rows at once where `fast` is not used; log-probabilities take batch × tokens ×
+            vocabulary × 4 bytes.
         seed: draws the shots and the bootstrap. The global random states are left as they were.
         chat_template: wrap each prompt as a user's turn of the tokenizer's chat template.
         adapter: False scores a peft model with its adapters disabled: its base.
         name: what to call the model in the result.
+        fast: read what requests share once (`fast_model`) where the model's architecture allows
+            it; the same numbers, sooner. The result's `model_kind` says which was used.
+        unsafe_code: run what the model writes for HumanEval even where it cannot be isolated.
+        keep_answers: a file for the answers while they come; where it exists, answers in it are
+            not asked for again. It belongs to one model, loaded in one way.
+        on_progress: called with (done, asked) requests now and then; without `fast` only where
+            answers are kept, and `asked` is 0: not known.
 
     Returns:
         Per task: version, shots, template, source of the rows, every item's score, and each
@@ -56,20 +77,44 @@ def evaluate(
 
     Raises:
         BadInputError: limit, num_fewshot or batch_size out of range, adapter=False without an
-            adapter, a tokenizer that cannot be this model's; and what `plan_tasks` raises.
+            adapter, a tokenizer that cannot be this model's, a likelihood that is no number; and
+            what `plan_tasks` raises.
     """
     _check(model, tokenizer, limit, num_fewshot, batch_size, chat_template, adapter)
     start = time.perf_counter()
-    with _quiet_lm_eval() as heard, _kept_state(model, tokenizer):
-        plans = plan_tasks(tasks, limit, num_fewshot)
-        with _adapters(model, adapter):
-            found = _run(
-                model, tokenizer, plans, limit, num_fewshot, batch_size, seed, chat_template
-            )
+    wanted = [tasks] if isinstance(tasks, (str, Dataset)) else list(tasks)
+    code, wanted = [t for t in wanted if t == HUMANEVAL], [t for t in wanted if t != HUMANEVAL]
+    if len(code) > 1 or (code and num_fewshot):
+        raise BadInputError("humaneval is given once, and without shots.")
+    with quiet_lm_eval() as heard, _kept_state(model, tokenizer):
+        plans = plan_tasks(wanted, limit, num_fewshot) if wanted or not code else []
         template = _template_name(tokenizer) if chat_template else "none"
-        scores = {
-            plan.task.task_name: _task_score(plan, found, limit, template, seed) for plan in plans
-        }
+        scores: dict[str, TaskScore] = {}
+        with _adapters(model, adapter):
+            lm, kind = _language_model(model, tokenizer, batch_size, fast, on_progress)
+            # HFLM tells nobody how far it is, except what keeps its answers.
+            told = on_progress if kind == "lm-eval" else None
+            asked = _keep(lm, keep_answers, told)
+            try:
+                if code:  # first: where there is no sandbox, that is said before hours of work
+                    answer = partial(_answer_code, asked, chat_template)
+                    scores[HUMANEVAL] = score_humaneval(
+                        answer,
+                        chat=chat_template,
+                        template=template,
+                        limit=limit,
+                        insist=unsafe_code,
+                        seed=seed,
+                        say=None,
+                    )
+                if plans:
+                    found = _run(asked, plans, limit, num_fewshot, seed, chat_template)
+                    for plan in plans:
+                        score = task_score(plan, found, limit, template, seed)
+                        scores[score.task] = score
+            finally:
+                if keep_answers:
+                    asked.dbdict.commit()
     return EvalResult(
         tasks=scores,
         model=name or _model_name(model, adapter),
@@ -77,12 +122,58 @@ def evaluate(
         seed=seed,
         seconds=time.perf_counter() - start,
         truncated=sum("Truncating" in message for message in heard),
+        model_kind=kind,
+        groups=_groups(wanted, scores),
     )
 
 
-def _run(
-    model, tokenizer, plans: list[TaskPlan], limit, num_fewshot, batch_size, seed, chat_template
-) -> dict[str, Any]:
+def _language_model(model, tokenizer, batch_size, fast, on_progress):
+    """lm-eval's object around the model, and which of the two it is."""
+    from lm_eval.models.huggingface import HFLM
+
+    from lora_kit.evaluate.fast_model import FastLM
+    from lora_kit.evaluate.fast_sizes import why_not_fast
+
+    if fast and why_not_fast(model) is None:
+        return FastLM(model, tokenizer, batch_size=batch_size, on_progress=on_progress), "fast"
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), "lm-eval"
+
+
+def _keep(lm, path: Path | None, on_progress):
+    if path is None:
+        return lm
+    from lora_kit.evaluate.kept_answers import KeptAnswers
+
+    return KeptAnswers(lm, Path(path), on_progress and (lambda count: on_progress(count, 0)))
+
+
+def _answer_code(lm, chat: bool, prompts: list[str]) -> list[str]:
+    """Answers to HumanEval's prompts, asked for as lm-eval's `humaneval` does."""
+    from lm_eval.api.instance import Instance
+
+    if chat:
+        prompts = [lm.apply_chat_template([{"role": "user", "content": p}]) for p in prompts]
+    options = {
+        "until": [] if chat else list(STOPS),
+        "max_gen_toks": min(CODE_TOKENS, lm.max_length // 2),
+        "do_sample": False,
+    }
+    return lm.generate_until(
+        [Instance("generate_until", {}, (prompt, options), i) for i, prompt in enumerate(prompts)]
+    )
+
+
+def _groups(wanted, scores: Mapping[str, TaskScore]) -> dict[str, tuple[str, ...]]:
+    """The names given that stand for several tasks."""
+    found = {}
+    for name in wanted:
+        inside = tuple(members(name)) if isinstance(name, str) else ()
+        if len(inside) > 1 and all(task in scores for task in inside):
+            found[name] = inside
+    return found
+
+
+def _run(lm, plans: list[TaskPlan], limit, num_fewshot, seed, chat_template) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` does, without its look at the machine.
 
     simple_evaluate also runs git, which complains outside a repository, and gathers a report on the
@@ -91,7 +182,6 @@ def _run(
     import lm_eval
     import numpy as np
     import torch
-    from lm_eval.models.huggingface import HFLM
 
     random.seed(seed)
     np.random.seed(seed)
@@ -104,85 +194,13 @@ def _run(
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed)
     return lm_eval.evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        lm,
         {"tasks": tasks, "groups": {}, "group_map": {}},
         limit=limit,
         apply_chat_template=chat_template,
         fewshot_as_multiturn=True,  # simple_evaluate's default, not evaluate's
         log_samples=True,
     )
-
-
-def _task_score(
-    plan: TaskPlan, found: dict[str, Any], limit: int | None, template: str, seed: int
-) -> TaskScore:
-    name = plan.task.task_name
-    samples, printed = found["samples"][name], found["results"][name]
-    items = _items(samples)
-    metrics = {}
-    for key, value in printed.items():
-        metric, _, kept = key.partition(",")
-        if not kept or metric.endswith("_stderr"):
-            continue
-        if all(key in item.scores for item in items):
-            metrics[key] = estimate([item.scores[key] for item in items], seed=seed)
-        else:
-            metrics[key] = _whole_set(value, printed.get(f"{metric}_stderr,{kept}"), len(items))
-    return TaskScore(
-        task=name,
-        version=str(found["versions"][name]),
-        num_fewshot=int(found["n-shot"][name]),
-        limit=limit,
-        available=plan.available,
-        template=template,
-        data=plan.data,
-        metrics=metrics,
-        items=items,
-    )
-
-
-def _items(samples: list[dict]) -> tuple[ItemScore, ...]:
-    """One ItemScore for each row; lm-eval logs a row once for each answer filter."""
-    rows: dict[int, list[dict]] = {}
-    for sample in samples:
-        rows.setdefault(sample["doc_id"], []).append(sample)
-    return tuple(_item(i, rows[i]) for i in sorted(rows))
-
-
-def _item(i: int, logged: list[dict]) -> ItemScore:
-    first = logged[0]
-    scores = {
-        f"{metric},{sample['filter']}": float(sample[metric])
-        for sample in logged
-        for metric in sample["metrics"]
-        if isinstance(sample[metric], (int, float)) or hasattr(sample[metric], "item")
-    }
-    # A request's response is a text, a likelihood, or a pair (likelihood, was it the greedy one).
-    responses = [r[0] for r in first["resps"]]
-    generated = isinstance(responses[0], str)
-    likelihoods = () if generated else tuple(float(_first(r)) for r in responses)
-    identity = f"{first['doc_hash']}/{first['prompt_hash']}/{first['target_hash']}"
-    return ItemScore(
-        id=i,
-        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
-        prompt=str(first["arguments"][0][0]),
-        target=str(first["target"]),
-        scores=scores,
-        loglikelihoods=likelihoods,
-        answer=responses[0] if generated else None,
-    )
-
-
-def _first(response):
-    return response[0] if isinstance(response, (tuple, list)) else response
-
-
-def _whole_set(value, stderr, n: int) -> Estimate:
-    """A metric of the set as a whole, such as perplexity: lm-eval's error, a normal interval."""
-    value = float(value)
-    if not isinstance(stderr, (int, float)):
-        return Estimate(value, None, value, value, n)
-    return Estimate(value, float(stderr), value - 1.96 * stderr, value + 1.96 * stderr, n)
 
 
 def _check(model, tokenizer, limit, num_fewshot, batch_size, chat_template, adapter) -> None:
@@ -208,7 +226,7 @@ def _check(model, tokenizer, limit, num_fewshot, batch_size, chat_template, adap
 
 
 @contextlib.contextmanager
-def _quiet_lm_eval() -> Iterator[list[str]]:
+def quiet_lm_eval() -> Iterator[list[str]]:
     """Keep lm-eval's notices and progress bars out of sight; yield its warnings as a list."""
     from datasets.utils import logging as bars
 

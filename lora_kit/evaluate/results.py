@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_kit import store
-from lora_kit.errors import BadInputError, CorruptFileError, unknown_name
-from lora_kit.evaluate.statistics import Estimate, McNemar, mcnemar, paired_difference
+from lora_kit.errors import BadInputError, CorruptFileError, UnknownNameError, unknown_name
+from lora_kit.evaluate.statistics import (
+    Estimate,
+    McNemar,
+    estimate,
+    holm,
+    mcnemar,
+    paired_difference,
+    ratio,
+)
 
 SCHEMA = 1
 
@@ -82,6 +91,9 @@ class EvalResult:
 
     `harness` is lm-eval's version; `truncated` counts prompts that were cut on the left because
     they exceed the model's context (0, or the scores are of other questions than the task's).
+    `model_kind`: "fast" (`fast_model`) or "lm-eval" (its own class); the numbers are the same.
+    `groups` names tasks that are one benchmark together ("mmlu": its subjects); a group is read
+    like a task. `about` says what else a record needs: model, adapter, machine, versions.
     """
 
     tasks: Mapping[str, TaskScore]
@@ -90,11 +102,20 @@ class EvalResult:
     seed: int
     seconds: float
     truncated: int = 0
+    model_kind: str = "lm-eval"
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, task: str) -> TaskScore:
+        if task in self.groups:
+            return pool(task, [self.tasks[name] for name in self.groups[task]], self.seed)
         if task not in self.tasks:
-            raise unknown_name("task in this result", task, self.tasks)
+            raise unknown_name("task in this result", task, [*self.tasks, *self.groups])
         return self.tasks[task]
+
+    def all_scores(self) -> dict[str, TaskScore]:
+        """Groups, then tasks, by name."""
+        return {name: self[name] for name in [*self.groups, *self.tasks]}
 
     def rows(self) -> list[dict]:
         """A line for each metric, for `record_table` or a data frame."""
@@ -109,7 +130,7 @@ class EvalResult:
                 "high": round(found.high, 4),
                 "n": found.n,
             }
-            for task in self.tasks.values()
+            for task in self.all_scores().values()
             for metric, found in task.metrics.items()
         ]
 
@@ -129,8 +150,10 @@ class EvalResult:
             if content.pop("schema") != SCHEMA:
                 raise KeyError("schema")
             content["tasks"] = {name: _task(t) for name, t in content["tasks"].items()}
+            groups = content.get("groups", {})
+            content["groups"] = {name: tuple(members) for name, members in groups.items()}
             return cls(**content)
-        except (AttributeError, KeyError, TypeError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise CorruptFileError(f"{path} is not an evaluation result ({e}).") from e
 
 
@@ -139,7 +162,8 @@ class Comparison:
     """tuned against base on the same items, for one metric of one task.
 
     `difference` is tuned − base with the paired bootstrap's interval; `mcnemar` is None for a
-    metric that is not right or wrong.
+    metric that is not right or wrong. `p_holm` is McNemar's p corrected for all the tests that
+    were made together: those of tasks and groups; those of a group's members among themselves.
     """
 
     task: str
@@ -148,6 +172,7 @@ class Comparison:
     tuned: Estimate
     difference: Estimate
     mcnemar: McNemar | None
+    p_holm: float | None = None
 
     @property
     def p(self) -> float | None:
@@ -175,6 +200,7 @@ class Comparison:
             "only base right": None if pairs is None else pairs.only_base,
             "only tuned right": None if pairs is None else pairs.only_tuned,
             "McNemar p": None if pairs is None else float(f"{pairs.p:.3g}"),
+            "Holm p": None if self.p_holm is None else float(f"{self.p_holm:.3g}"),
             "n": self.base.n,
         }
 
@@ -186,38 +212,93 @@ def compare(
 
     Args:
         base, tuned: results on the same tasks, items, shots, template and harness version.
-        metric: one metric ("acc"); all by default.
+        metric: one metric ("acc"), of the tasks that have it; all by default.
         seed: of the bootstrap.
 
     Raises:
         BadInputError: the two differ in anything but the model; the sentence names the difference.
-        UnknownNameError: no such metric.
+        UnknownNameError: no task has the metric.
     """
     _same("harness version", base.harness, tuned.harness)
     _same("tasks", sorted(base.tasks), sorted(tuned.tasks))
-    found = []
-    for name, a in base.tasks.items():
-        b = tuned.tasks[name]
-        _check_same_questions(a, b)
-        wanted = list(a.metrics) if metric is None else [a.metric_name(metric)]
-        for m in wanted:
-            if any(m not in item.scores for item in a.items):
-                continue  # a metric of the whole set (corpus BLEU, perplexity) has no pairs
-            x, y = a.scores(m), b.scores(m)
-            binary = set(x) | set(y) <= {0.0, 1.0}
-            found.append(
-                Comparison(
-                    name,
-                    m,
-                    a[m],
-                    b[m],
-                    paired_difference(x, y, seed=seed),
-                    mcnemar(x, y) if binary else None,
-                )
-            )
+    _same("groups", dict(base.groups), dict(tuned.groups))
+    for name in base.tasks:
+        _check_same_questions(base.tasks[name], tuned.tasks[name])
+    theirs, found, unknown = tuned.all_scores(), [], None
+    for name, a in base.all_scores().items():
+        try:
+            wanted = list(a.metrics) if metric is None else [a.metric_name(metric)]
+        except UnknownNameError as e:
+            unknown = e
+            continue
+        found += [c for m in wanted if (c := _compared(a, theirs[name], m, seed))]
+    if not found and unknown is not None:
+        raise unknown
     if not found:
         raise BadInputError("Neither result has a per-item metric to compare.")
-    return found
+    inside = {name for members in base.groups.values() for name in members}
+    return _corrected(found, inside)
+
+
+def _compared(a: TaskScore, b: TaskScore, metric: str, seed: int) -> Comparison | None:
+    """One metric compared, or None for a metric of the whole set (corpus BLEU), without pairs."""
+    if all(metric in item.scores for item in a.items):
+        x, y = a.scores(metric), b.scores(metric)
+        binary = set(x) | set(y) <= {0.0, 1.0}
+        difference = paired_difference(x, y, seed=seed)
+        pairs = mcnemar(x, y) if binary else None
+    elif metric.startswith("bits_per_byte,"):
+        gains = [
+            (i.scores["loglikelihood"] - j.scores["loglikelihood"]) / math.log(2)
+            for i, j in zip(a.items, b.items, strict=True)
+        ]
+        difference = ratio(gains, [i.scores["bytes"] for i in a.items], seed=seed)
+        pairs = None
+    else:
+        return None
+    return Comparison(a.task, metric, a[metric], b[metric], difference, pairs)
+
+
+def _corrected(found: list[Comparison], inside: set[str]) -> list[Comparison]:
+    """Holm's correction over the tests of each of the two families."""
+    corrected = {}
+    for family in (True, False):
+        tests = [c for c in found if c.mcnemar and (c.task in inside) == family]
+        if tests:
+            ps = holm([c.mcnemar.p for c in tests])
+            corrected |= {(c.task, c.metric): p for c, p in zip(tests, ps, strict=True)}
+    return [replace(c, p_holm=corrected.get((c.task, c.metric))) for c in found]
+
+
+def pool(name: str, tasks: Sequence[TaskScore], seed: int = 0) -> TaskScore:
+    """Several tasks as one: their items side by side, so that each weighs as many as it has.
+
+    lm-eval's groups are weighted so too (`weight_by_size`).
+
+    Raises:
+        BadInputError: no tasks, or tasks asked in different ways.
+    """
+    if not tasks:
+        raise BadInputError(f"There are no tasks to pool as {name}.")
+    first = tasks[0]
+    for task in tasks[1:]:
+        _same(f"task version of {first.task} and {task.task}", first.version, task.version)
+        _same(f"shots of {first.task} and {task.task}", first.num_fewshot, task.num_fewshot)
+        _same(f"template of {first.task} and {task.task}", first.template, task.template)
+    rows = [item for task in tasks for item in task.items]
+    items = tuple(replace(item, id=i) for i, item in enumerate(rows))
+    shared = [m for m in first.metrics if all(m in item.scores for item in items)]
+    return TaskScore(
+        task=name,
+        version=first.version,
+        num_fewshot=first.num_fewshot,
+        limit=first.limit,
+        available=sum(task.available for task in tasks),
+        template=first.template,
+        data={"name": name, "tasks": [task.task for task in tasks], "rows": len(items)},
+        metrics={m: estimate([i.scores[m] for i in items], seed=seed) for m in shared},
+        items=items,
+    )
 
 
 def _check_same_questions(a: TaskScore, b: TaskScore) -> None:
@@ -227,6 +308,7 @@ def _check_same_questions(a: TaskScore, b: TaskScore) -> None:
     _same(f"prompt template{of}", a.template, b.template)
     _same(f"number of items{of}", len(a), len(b))
     _same(f"metrics{of}", sorted(a.metrics), sorted(b.metrics))
+    _same(f"source of the rows{of}", a.data.get("source"), b.data.get("source"))
     for x, y in zip(a.items, b.items, strict=True):
         if (x.id, x.fingerprint) != (y.id, y.fingerprint):
             raise BadInputError(

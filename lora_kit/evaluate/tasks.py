@@ -7,37 +7,37 @@ rows is replaced, so prompts, shots and scoring are the packaged ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from lora_kit.data import Dataset, check_rows, is_local, load_rows
-from lora_kit.errors import BadInputError, NotAvailableError, UnknownNameError, nearest
+from lora_kit.data import Dataset, check_rows
+from lora_kit.errors import (
+    BadInputError,
+    NotAvailableError,
+    UnknownNameError,
+    nearest,
+    unknown_name,
+)
+from lora_kit.evaluate.local_tasks import (
+    LOCAL_NAMES,
+    check_folder,
+    has_local_rows,
+    known_tasks,
+    local_rows,
+    local_task,
+    members,
+    packaged_definition,
+)
+from lora_kit.skills import SKILLS, draw_skill
 
 CHOICE_FIELDS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 SKILL_FIELDS = ("prompt", "completion")
-
-
-@dataclass(frozen=True)
-class LocalTask:
-    """A packaged task whose rows a local folder can hold.
-
-    `definition` is relative to lm-eval's task folder; `splits` are the splits it reads, ours and
-    the definition's names being the same; shots come from `shots` (None: the folder has none).
-    """
-
-    definition: str
-    splits: tuple[str, ...]
-    scored: str
-    shots: str | None
-
-
-LOCAL_TASKS: dict[str, LocalTask] = {
-    "hellaswag": LocalTask("hellaswag/hellaswag.yaml", ("validation",), "validation", None),
-    "gsm8k": LocalTask("gsm8k/gsm8k.yaml", ("train", "test"), "test", "train"),
-}
+TEXT_FIELDS = ("text",)
+SKILL_DIGITS, SKILL_ROWS = (1, 2, 3), 100  # of a skill that is asked for by its name alone
+__all__ = ["TaskPlan", "generated_task", "has_local_rows", "plan_tasks", "skill_task", "text_task"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ def plan_tasks(
     """Turn names and datasets into tasks.
 
     A name that LORA_KIT_DATA has rows for is read from there; any other is lm-eval's own task and
-    read from the hub. A Dataset of prompt/completion rows is generated and matched (see
-    `skill_task`); one of HellaSwag-shaped rows is scored by likelihood under HellaSwag's
-    definition.
+    read from the hub. "mmlu" and its areas stand for their subjects. A skill's name ("addition",
+    "addition:2", "addition:1-3") draws rows (`generated_task`). A Dataset of prompt/completion rows
+    is generated and matched (`skill_task`); one of HellaSwag-shaped rows is scored by likelihood
+    under HellaSwag's definition; one of texts by its perplexity (`text_task`).
 
     Raises:
         UnknownNameError: no such task; nearest names are offered.
@@ -76,8 +77,10 @@ def plan_tasks(
             plans.append(_dataset_task(task, limit))
         elif not isinstance(task, str):
             raise BadInputError(f"A task is a name or a Dataset, not a {type(task).__name__}.")
-        elif has_local_rows(task):
-            plans.append(_local_task(task, limit, num_fewshot))
+        elif task.split(":")[0] in SKILLS:
+            plans.append(_dataset_task(generated_task(task), limit))
+        elif all(_is_at_hand(member, num_fewshot) for member in members(task)):
+            plans += [_local_task(member, limit, num_fewshot) for member in members(task)]
         else:
             plans += _hub_tasks(task)
     names = [plan.task.task_name for plan in plans]
@@ -93,10 +96,55 @@ def plan_tasks(
     return plans
 
 
-def has_local_rows(name: str) -> bool:
-    """Whether LORA_KIT_DATA holds every split this task reads, so that no network is needed."""
-    spec = LOCAL_TASKS.get(name)
-    return spec is not None and all(is_local(name, split) for split in spec.splits)
+def generated_task(name: str) -> Dataset:
+    """The rows of a skill named as a task: always the same 100 of each number of digits, in turns.
+
+    "addition" has 1, 2 and 3 digits, "addition:2" two, "addition:2-4" two to four; 1-digit skills
+    may have fewer than 100 rows.
+
+    Raises:
+        UnknownNameError: no such skill; BadInputError: digits that are none.
+    """
+    skill, _, digits = name.partition(":")
+    if skill not in SKILLS:
+        raise unknown_name("skill", skill, SKILLS)
+    lengths: Sequence[int] = SKILL_DIGITS
+    if digits:
+        low, _, high = digits.partition("-")
+        if not (
+            low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)
+        ):
+            raise BadInputError(f"{name!r} names no digits; write {skill}:2 or {skill}:1-3.")
+        lengths = range(int(low), int(high or low) + 1)
+    drawn = [draw_skill(skill, k, min(SKILL_ROWS, SKILLS[skill].space(k)), 0) for k in lengths]
+    turns = itertools.zip_longest(*(d.rows for d in drawn))
+    rows = tuple(row for turn in turns for row in turn if row is not None)
+    return replace(drawn[0], name=name.replace(":", "_"), rows=rows)
+
+
+def text_task(dataset: Dataset, limit: int | None = None):
+    """An lm-eval task that measures the perplexity of texts, as its `wikitext` does.
+
+    With ℓ the log-likelihood of all texts: word_perplexity exp(−ℓ/words), byte_perplexity
+    exp(−ℓ/bytes), bits_per_byte −ℓ/(bytes · ln 2). A text longer than the model's context is read
+    in windows of that length.
+    """
+    rows = dataset.take(limit) if limit else dataset
+    config = {
+        "task": dataset.name,
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "num_fewshot": 0,
+        "metric_list": [
+            {"metric": "word_perplexity"},
+            {"metric": "byte_perplexity"},
+            {"metric": "bits_per_byte"},
+        ],
+        "metadata": {"version": 1.0},
+    }
+    return _build({**config, "custom_dataset": _rows_source({"test": rows.rows})})
 
 
 def skill_task(dataset: Dataset, limit: int | None = None):
@@ -142,32 +190,36 @@ def skill_task(dataset: Dataset, limit: int | None = None):
     return _build({**config, "custom_dataset": _rows_source({"test": rows.rows})})
 
 
-def packaged_definition(name: str) -> dict[str, Any]:
-    """lm-eval's own definition of a local task, its functions resolved."""
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / LOCAL_TASKS[name].definition)
-    config.pop("tag", None)  # groups tasks in lm-eval's index; a task does not take it
-    return config
+def _is_at_hand(name: str, num_fewshot: int | None) -> bool:
+    spec = local_task(name)
+    if spec is None:
+        return False
+    packaged = packaged_definition(name).get("num_fewshot") or 0
+    return check_folder(name, packaged if num_fewshot is None else num_fewshot)
 
 
 def _local_task(name: str, limit: int | None, num_fewshot: int | None) -> TaskPlan:
-    spec, config = LOCAL_TASKS[name], packaged_definition(name)
+    spec, config = local_task(name), packaged_definition(name)
     shots = config.get("num_fewshot", 0) if num_fewshot is None else num_fewshot
     if shots and spec.shots is None:
         raise BadInputError(
             f"The local folder has no training rows of {name} to take {shots} shot(s) from; "
             "use num_fewshot=0, or the hub."
         )
-    scored = load_rows(name, spec.scored)
+    scored = local_rows(spec, spec.scored)
     used = scored.take(limit) if limit else scored
     # A split the definition names but nothing reads (HellaSwag's training rows, zero-shot) is
     # there and empty.
-    rows: dict[str, Sequence[dict]] = {config[k]: () for k in ("training_split",) if config.get(k)}
+    named = {config.get(k) for k in ("training_split", "fewshot_split")} - {None, spec.scored}
+    rows: dict[str, Sequence[dict]] = {split: () for split in named}
     rows[spec.scored] = used.rows
     if shots:
-        rows[spec.shots] = load_rows(name, spec.shots).rows
+        examples = rows[spec.shots] = local_rows(spec, spec.shots).rows
+        if shots > len(examples):
+            raise BadInputError(
+                f"There are not {shots} worked examples of {name}; {spec.data}/{spec.shots} has "
+                f"{len(examples)}."
+            )
     task = _build({**config, "custom_dataset": _rows_source(rows)})
     return TaskPlan(task, len(scored), used.record())
 
@@ -190,10 +242,15 @@ def _dataset_task(dataset: Dataset, limit: int | None) -> TaskPlan:
     elif all(f in first for f in SKILL_FIELDS):
         check_rows(dataset, SKILL_FIELDS, dataset.name)
         task = skill_task(dataset, limit)
+    elif all(f in first for f in TEXT_FIELDS):
+        check_rows(dataset, TEXT_FIELDS, dataset.name)
+        if not all(isinstance(r["text"], str) and r["text"].strip() for r in dataset):
+            raise BadInputError(f"Dataset {dataset.name!r} has an empty text; leave it out.")
+        task = text_task(dataset, limit)
     else:
         raise BadInputError(
             f"Rows with the fields {', '.join(sorted(first))} cannot be scored: a Dataset needs "
-            f"{', '.join(SKILL_FIELDS)}, or HellaSwag's {', '.join(CHOICE_FIELDS)}."
+            f"{', '.join(SKILL_FIELDS)}, or text, or HellaSwag's {', '.join(CHOICE_FIELDS)}."
         )
     return TaskPlan(task, len(dataset), used.record())
 
@@ -201,11 +258,11 @@ def _dataset_task(dataset: Dataset, limit: int | None) -> TaskPlan:
 def _hub_tasks(name: str) -> list[TaskPlan]:
     manager = _hub_index()
     if name not in manager.task_index:
-        close = nearest(name, [*LOCAL_TASKS, *manager.all_tasks])
+        close = nearest(name, [*known_tasks(), "humaneval", *SKILLS, *manager.all_tasks])
         offer = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
         raise UnknownNameError(
             f"Unknown task {name!r}.{offer} lm-eval has {len(manager.all_tasks):,}; from a local "
-            f"folder: {', '.join(LOCAL_TASKS)}."
+            f"folder: {', '.join(LOCAL_NAMES)}; generated here: {', '.join(SKILLS)}."
         )
     try:
         loaded = manager.load([name])["tasks"].values()
@@ -213,7 +270,7 @@ def _hub_tasks(name: str) -> list[TaskPlan]:
         where = f"; it can also be read from the folder LORA_KIT_DATA names ({name}/)"
         raise NotAvailableError(
             f"The rows of {name} are not at hand: the hub cannot be reached and the cache has no "
-            f"copy{where if name in LOCAL_TASKS else ''}."
+            f"copy{where if local_task(name) or members(name) != [name] else ''}."
         ) from e
     return [
         TaskPlan(

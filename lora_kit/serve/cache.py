@@ -1,0 +1,129 @@
+"""The keys and values of rows that come and go: one row of a buffer each, written in place.
+
+A decoding step writes one token's keys and values into each row, wherever that row has got to, and
+reads a view. Nothing is copied but when a buffer has to grow, and then it doubles; the place of a
+row that ends is taken by the last one. transformers' layers ask a cache for one thing, `update`,
+and get it here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FIRST_ROWS, FIRST_TOKENS = 4, 64
+
+
+class RowCache:
+    """Keys and values of `rows` sequences, for every layer (rows, heads, tokens, head_dim).
+
+    lengths: how many tokens of each row are there. A forward pass is opened with `prefill` or
+    `decode`, which say which rows it writes and where; the caller advances `lengths` when it ended
+    well, so that a pass that failed can be made again.
+    """
+
+    def __init__(self, layers: int):
+        self.keys: list[torch.Tensor | None] = [None] * layers
+        self.values: list[torch.Tensor | None] = [None] * layers
+        self.lengths: list[int] = []
+        self._rows: slice | torch.Tensor = slice(0, 0)
+        self._where: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._reach = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    # ------------------------------------------------------------------ rows
+    def add(self, count: int) -> slice:
+        """`count` new, empty rows behind the others."""
+        start = len(self.lengths)
+        self.lengths += [0] * count
+        return slice(start, start + count)
+
+    def drop(self, row: int, spoiled: bool = False) -> None:
+        """Take a row out; the last one takes its place.
+
+        spoiled: it may hold NaN, which would reach the next row there through 0 · NaN.
+        """
+        last = len(self.lengths) - 1
+        if row != last:
+            length = self.lengths[last]
+            for tensors in (self.keys, self.values):
+                for tensor in tensors:
+                    if tensor is not None and last < len(tensor):
+                        if spoiled:
+                            tensor[row] = 0
+                        tensor[row, :, :length] = tensor[last, :, :length]
+            self.lengths[row] = length
+        elif spoiled:
+            for tensor in (*self.keys, *self.values):
+                if tensor is not None and last < len(tensor):
+                    tensor[last] = 0
+        self.lengths.pop()
+        if not self.lengths:  # an idle server holds no memory
+            self.keys, self.values = [None] * len(self.keys), [None] * len(self.values)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+
+    # ------------------------------------------------------------------ a forward pass
+    def prefill(self, rows: slice, tokens: int) -> None:
+        """The next pass writes the first `tokens` tokens of these rows, and sees only them."""
+        self._rows, self._where, self._reach = rows, None, tokens
+
+    def decode(self, rows: slice | list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next pass writes one token of each of these rows.
+
+        Returns:
+            positions (rows, 1) of the tokens, and mask (rows, 1, 1, reach), True where a row's
+            tokens are, the new one included.
+        """
+        numbers = list(range(rows.start, rows.stop)) if isinstance(rows, slice) else rows
+        at = torch.tensor([self.lengths[i] for i in numbers], device=device)
+        reach = max(self.lengths[i] for i in numbers) + 1
+        self._rows = rows if isinstance(rows, slice) else torch.tensor(rows, device=device)
+        self._where = (torch.tensor(numbers, device=device), at)
+        self._reach = reach
+        mask = torch.arange(reach, device=device)[None] <= at[:, None]
+        return at[:, None], mask[:, None, None]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_, **__):
+        """Write a layer's new keys and values (rows, heads, tokens, head_dim); return all that the
+        pass looks at."""
+        found = []
+        for tensors, new in ((self.keys, key), (self.values, value)):
+            held = tensors[layer] = self._room(tensors[layer], new)
+            if self._where is None:
+                held[self._rows, :, : self._reach] = new
+            else:
+                held[self._where[0], :, self._where[1]] = new[:, :, 0]
+            found.append(held[self._rows, :, : self._reach])
+        return found[0], found[1]
+
+    def _room(self, held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        """A buffer large enough: the one there is, or one of twice the size with its content."""
+        rows, tokens = len(self.lengths), self._reach
+        if held is not None and held.shape[0] >= rows and held.shape[2] >= tokens:
+            return held
+        before = (0, 0) if held is None else (held.shape[0], held.shape[2])
+        shape = [
+            _doubled(before[0] or FIRST_ROWS, rows),
+            new.shape[1],
+            _doubled(before[1] or FIRST_TOKENS, tokens),
+            new.shape[3],
+        ]
+        # Zeros, not whatever lay there: a masked place still takes part in 0 · value.
+        grown = new.new_zeros(shape)
+        if held is not None:
+            grown[: before[0], :, : before[1]] = held
+        return grown
+
+    # What transformers' masks would ask; ours are made already.
+    def get_seq_length(self, *_) -> int:
+        return 0
+
+
+def _doubled(size: int, wanted: int) -> int:
+    while size < wanted:
+        size *= 2
+    return size

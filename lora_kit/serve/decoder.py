@@ -1,0 +1,116 @@
+"""Forward passes over rows that come and go: prompts in, the next token's logits out.
+
+Rows are padded on the right: a causal model's real tokens do not look there, so a row's numbers do
+not depend on what stands beside it, but for the rounding of differently shaped products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lora_kit.errors import BadInputError
+from lora_kit.serve.cache import RowCache
+from lora_kit.serve.mixed import MixedLora
+
+
+class Decoder:
+    """A model, its adapters and the rows it is writing.
+
+    Args:
+        model: a causal language model of transformers with plain causal attention.
+        mixed: its adapters; a row's key names one of them, or is None.
+
+    Raises:
+        BadInputError: a model whose attention or output this decoder does not do.
+    """
+
+    def __init__(self, model, mixed: MixedLora):
+        config = model.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        window = getattr(config, "sliding_window", None)
+        sliding = window is not None and getattr(config, "use_sliding_window", True)
+        if kinds != {"full_attention"} or sliding:
+            raise BadInputError(
+                "This model's attention looks through a sliding window, which this engine does not "
+                "do: use transformers' generate, or vLLM."
+            )
+        if getattr(config, "final_logit_softcapping", None):
+            raise BadInputError("This model caps its logits, which this engine does not do.")
+        self.model, self.mixed = model, mixed
+        self.layers, self.head = model.get_decoder(), model.get_output_embeddings()
+        weight = model.get_input_embeddings().weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.cache = RowCache(config.num_hidden_layers)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], keys: Sequence[str | None]) -> torch.Tensor:
+        """New rows behind the others, each with its prompt read.
+
+        Returns:
+            (rows, vocabulary) float32: the logits of each prompt's next token. A pass that raises
+            leaves no row.
+        """
+        lengths = [len(p) for p in prompts]
+        ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        before = list(self.cache.lengths)
+        rows = self.cache.add(len(prompts))
+        try:
+            self.cache.prefill(rows, ids.shape[1])
+            at = torch.arange(ids.shape[1], device=self.device)[None].expand(len(prompts), -1)
+            causal = at[0][:, None] >= at[0][None, :]
+            with self.mixed.rows(keys):
+                hidden = self._forward(ids, at, causal[None, None])
+                last = torch.tensor(lengths, device=hidden.device) - 1
+                logits = self.head(hidden[torch.arange(len(last), device=hidden.device), last])
+        except BaseException:
+            self.cache.lengths = before
+            raise
+        self.cache.lengths[rows] = lengths
+        return logits.float()
+
+    @torch.inference_mode()
+    def step(
+        self, tokens: Sequence[int], keys: Sequence[str | None], rows: list[int] | None = None
+    ) -> torch.Tensor:
+        """One more token of each row, or of some of them.
+
+        Returns:
+            (rows, vocabulary) float32. A pass that raises can be made again: nothing has moved.
+        """
+        chosen = slice(0, len(self.cache)) if rows is None else rows
+        at, mask = self.cache.decode(chosen, self.device)
+        with self.mixed.rows(keys):
+            hidden = self._forward(torch.tensor(tokens)[:, None], at, mask)
+            logits = self.head(hidden[:, 0]).float()
+        for row in range(len(self.cache)) if rows is None else rows:
+            self.cache.lengths[row] += 1
+        return logits
+
+    def _forward(self, ids: torch.Tensor, at: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """(rows, tokens, hidden). allowed (1 or rows, 1, tokens, reach): where a token looks."""
+        mask = allowed
+        if self.model.config._attn_implementation != "sdpa":  # eager attention adds its mask
+            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+            mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+        return self.layers(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.expand(len(ids), -1, -1, -1),
+            position_ids=at,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+
+def draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """A token by its probability: softmax(logits / temperature), in float64, from a generator of
+    the row's own, so that the draw does not depend on its neighbours.
+
+    Args:
+        logits: (vocabulary,); temperature above 0; generator: on the CPU.
+    """
+    weights = torch.softmax(logits.double().cpu() / temperature, dim=-1)
+    return int(torch.multinomial(weights, 1, generator=generator))

@@ -1,0 +1,273 @@
+"""Mixed batches: every row as if its adapter had the batch to itself."""
+
+import threading
+
+import pytest
+import torch
+from lora_fixtures import PLACEMENTS, close, tiny_llama
+
+from lora_kit.errors import BadInputError, UnknownNameError
+from lora_kit.lora import LoraSpec, add_lora, load_lora, lora_layers, read_adapter, save_lora
+from lora_kit.lora_base import keep_from_repacking
+from lora_kit.lora_targets import linear_layers
+from lora_kit.serve import mixed as mixed_module
+from lora_kit.serve.mixed import MixedLora
+
+ADAPTERS = {  # rank, placement, options: all that one batch may hold at once
+    "all4": (4, "all", {}),
+    "all1": (1, "all", {}),
+    "attention8": (8, "attention", {}),
+    "mlp2": (2, "mlp", {}),
+    "q16": (16, "q_proj", {}),
+    "qv3": (3, ["q_proj", "v_proj"], {}),
+    "head2": (2, "lm_head", {}),
+    "scaled": (4, "attention", {"rslora": True}),
+    "pissa": (2, "attention", {"init": "pissa"}),
+    "up5": (5, ["up_proj"], {}),
+}
+MIXES = [
+    ["all4"] * 5,
+    [None] * 5,
+    ["all4", None, "all4", None, None],
+    ["all1", "attention8", "mlp2", "q16", None],
+    ["qv3", "head2", "scaled", "pissa", "up5"],
+    ["q16", "qv3", "q16", None, "attention8"],
+    ["up5", None, "mlp2", "up5", None],
+]
+
+
+def llama(seed=0):
+    """Wide enough for blocks of 64, which bitsandbytes' kernel wants."""
+    return tiny_llama(seed, hidden_size=64, intermediate_size=128)
+
+
+def make_adapter(folder, rank, targets, seed, base=0, **options):
+    targets = PLACEMENTS.get(targets, targets) if isinstance(targets, str) else targets
+    model = add_lora(llama(base), LoraSpec(rank, 8, targets, **options), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        with torch.no_grad():
+            noise = torch.randn(layer.lora_B["default"].shape, generator=generator)
+            layer.lora_B["default"].add_(noise * 0.3)
+    return save_lora(model, folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: make_adapter(root / name, rank, targets, i, **options)
+        for i, (name, (rank, targets, options)) in enumerate(ADAPTERS.items())
+    }
+
+
+def build(kind):
+    model = llama()
+    if kind == "nf4":
+        from lora_kit.linear4bit import NF4Linear
+        from lora_kit.lora_state import swap_module
+
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, torch.nn.Linear) and "lm_head" not in path:
+                swap_module(model, path, NF4Linear.from_linear(layer, block_size=64))
+    if kind == "bitsandbytes":
+        import bitsandbytes as bnb
+
+        from lora_kit.lora_state import swap_module
+
+        for path, layer in list(model.named_modules()):
+            if type(layer) is torch.nn.Linear and "lm_head" not in path:
+                kind_of = {"quant_type": "nf4", "compress_statistics": False}
+                made = bnb.nn.Linear4bit(
+                    *(layer.in_features, layer.out_features, False),
+                    compute_dtype=torch.float32,
+                    **kind_of,
+                )
+                weight = layer.weight.data.clone()
+                made.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kind_of)
+                swap_module(model, path, made.to("cpu"))
+        model.eval()
+    return model.to({"float16": torch.float16, "bfloat16": torch.bfloat16}.get(kind, torch.float32))
+
+
+def ids(rows, columns, seed=1):
+    return torch.randint(64, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def alone(kind, folders, names, batch):
+    """Each row by itself, its adapter loaded the ordinary way."""
+    rows = []
+    for name, row in zip(names, batch, strict=True):
+        model = build(kind)
+        for layer in linear_layers(model).values():
+            keep_from_repacking(layer)
+        if name is not None:
+            load_lora(model, folders[name])
+        with torch.inference_mode():
+            rows.append(model(row[None]).logits[0])
+    return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def dense(folders):
+    made = MixedLora(build("float32"))
+    for name, folder in folders.items():
+        made.put(name, made.factors(read_adapter(folder)))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("most", [0, 10**9], ids=["grouped", "masked"])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("names", MIXES, ids=str)
+def test_every_row_is_as_alone(dense, folders, names, tokens, most, monkeypatch):
+    monkeypatch.setattr(mixed_module, "MASKED_TOKENS", most)
+    batch = ids(5, tokens)
+    with torch.inference_mode(), dense.rows(names):
+        together = dense.model(batch).logits
+    close(together, alone("float32", folders, names, batch), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [("nf4", 1e-5), ("bitsandbytes", 1e-5), ("float16", 4e-3), ("bfloat16", 3e-2)],
+)
+@pytest.mark.parametrize("most", [0, 10**9], ids=["grouped", "masked"])
+def test_over_every_kind_of_base(folders, kind, tolerance, most, monkeypatch):
+    monkeypatch.setattr(mixed_module, "MASKED_TOKENS", most)
+    names = ["all4", None, "attention8", "qv3", "mlp2"]
+    mixed = MixedLora(build(kind))
+    for name in filter(None, names):
+        mixed.put(name, mixed.factors(read_adapter(folders[name])))
+    for tokens in (1, 6):
+        batch = ids(5, tokens)
+        with torch.inference_mode(), mixed.rows(names):
+            together = mixed.model(batch).logits
+        expected = alone(kind, folders, names, batch)
+        close(together.float(), expected.float(), tolerance)
+
+
+def test_outside_of_rows_and_after_close_the_base_answers(folders):
+    model = llama()
+    batch = ids(3, 5)
+    with torch.inference_mode():
+        bare = model(batch).logits
+        mixed = MixedLora(model)
+        mixed.put("a", mixed.factors(read_adapter(folders["all4"])))
+        assert torch.equal(model(batch).logits, bare)
+        with mixed.rows(["a", None, "a"]):
+            assert not torch.equal(model(batch).logits, bare)
+            with mixed.rows([None] * 3):
+                assert torch.equal(model(batch).logits, bare)
+            assert not torch.equal(model(batch).logits, bare)
+        assert torch.equal(model(batch).logits, bare)
+        mixed.close()
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_another_thread_meets_the_base(dense):
+    batch, found = ids(2, 4), {}
+
+    def other():
+        with torch.inference_mode():
+            found["other"] = dense.model(batch).logits
+
+    with torch.inference_mode():
+        bare = dense.model(batch).logits
+        with dense.rows(["all4", "mlp2"]):
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+    assert torch.equal(found["other"], bare)
+
+
+def test_another_adapters_overflow_is_not_this_rows(folders):
+    """In half precision an adapter may overflow on an input it never serves."""
+    mixed = MixedLora(build("float16"))
+    for name in ("all4", "attention8"):
+        mixed.put(name, mixed.factors(read_adapter(folders[name])))
+    for a, _ in mixed._adapters["attention8"].by_path.values():
+        a.mul_(3e4)
+    batch = ids(2, 3)
+    with torch.inference_mode():
+        with mixed.rows(["all4", "attention8"]):
+            together = mixed.model(batch).logits
+        with mixed.rows(["all4", None]):
+            without = mixed.model(batch).logits
+    assert not torch.isfinite(together[1]).all()  # the test does reach an overflow
+    assert torch.isfinite(together[0]).all()
+    close(together[0].float(), without[0].float(), 4e-3)
+
+
+def test_layers_that_share_an_input_share_the_first_product(dense, monkeypatch):
+    products = []
+    plain = torch.Tensor.mm
+    monkeypatch.setattr(
+        torch.Tensor, "mm", lambda a, b, *rest: products.append(1) or plain(a, b, *rest)
+    )
+    with torch.inference_mode(), dense.rows(["all4", "all1"]):
+        dense.model(ids(2, 1))
+    # Two layers; q-k-v, o, gate-up and down each have one product besides the one added in place.
+    assert len(products) == 2 * 4
+
+
+def test_a_set_that_shrinks_a_little_is_not_stacked_anew(dense):
+    dense._packed.clear()
+    with dense.rows(["all4", "all1", "mlp2"]):
+        pass
+    with dense.rows(["all4", "mlp2", None]):
+        pass
+    assert list(dense._packed) == [("all1", "all4", "mlp2")]
+    with dense.rows(["mlp2", None]):
+        pass
+    assert list(dense._packed)[1:] == [("mlp2",)]
+    for name in ("all4", "all1", "q16", "qv3", "up5"):
+        with dense.rows([name]):
+            pass
+    assert len(dense._packed) == mixed_module.PACKED_KEPT
+
+
+def test_dropping_forgets_what_was_stacked(folders):
+    mixed = MixedLora(llama())
+    factors = {n: mixed.factors(read_adapter(folders[n])) for n in ("all4", "all1")}
+    mixed.put("x", factors["all4"])
+    batch = ids(1, 4)
+    with torch.inference_mode():
+        with mixed.rows(["x"]):
+            first = mixed.model(batch).logits
+        mixed.drop("x")
+        with pytest.raises(UnknownNameError, match="Unknown adapter 'x'"), mixed.rows(["x"]):
+            pass
+        mixed.put("x", factors["all1"])
+        with mixed.rows(["x"]):
+            assert not torch.equal(mixed.model(batch).logits, first)
+    assert mixed.names == ["x"]
+
+
+def test_what_does_not_fit_is_refused(folders, tmp_path):
+    mixed = MixedLora(llama())
+    other = make_adapter(tmp_path / "other", 4, "all", 0, base=5)
+    with pytest.raises(BadInputError, match="trained on another base"):
+        mixed.factors(read_adapter(other))
+    dora = make_adapter(tmp_path / "dora", 4, "all", 0, dora=True)
+    with pytest.raises(BadInputError, match="DoRA"):
+        mixed.factors(read_adapter(dora))
+    files = read_adapter(folders["all4"])
+    for parts in files.tensors.values():
+        parts["lora_A"] = parts["lora_A"][:, :-1]
+    with pytest.raises(BadInputError, match=r"does not fit model\.layers"):
+        mixed.factors(files)
+    mixed.put("a", mixed.factors(read_adapter(folders["all4"])))
+    with pytest.raises(BadInputError, match="there already"):
+        mixed.put("a", mixed.factors(read_adapter(folders["all4"])))
+    with pytest.raises(UnknownNameError, match="Unknown adapter 'b'"):
+        mixed.drop("b")
+    with pytest.raises(BadInputError, match="carries adapters already"):
+        MixedLora(add_lora(llama(), LoraSpec(2, 2), seed=0))
+
+
+def test_bytes_are_those_of_the_factors(folders):
+    mixed = MixedLora(llama())
+    files = read_adapter(folders["attention8"])
+    numbers = sum(t.numel() for parts in files.tensors.values() for t in parts.values())
+    assert mixed.factors(files).bytes == 4 * numbers
