@@ -43,6 +43,10 @@ def test_every_run_comes_back_in_order(tiny_folder, tmp_path, monkeypatch):
     spec = tiny_spec(steps=2, warmup=0.0)
     runs = [("native", spec), ("native", tiny_spec(steps=1, warmup=0.0)), ("trl", spec)]
     done = finetune_apart(str(tiny_folder), data, runs)
-    assert [(r.result.engine, len(r.ends)) for r in done] == [("native", 2), ("native", 1), ("trl", 2)]
+    assert [(r.result.engine, len(r.ends)) for r in done] == [
+        ("native", 2),
+        ("native", 1),
+        ("trl", 2),
+    ]
     assert all((r.result.adapter / "adapter_model.safetensors").exists() for r in done)
     assert all(r.steady > 0 for r in done)

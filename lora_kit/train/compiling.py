@@ -1,9 +1,9 @@
 """Compiled layers: torch.compile over each decoder layer, for the time of a training run.
 
-The adapters' own fused step (`lora_products`) writes into tensors in ways a tracer does not follow, so
-while the layers are compiled each adapter runs the plain formula, W x + s · B A x, and the compiler
-does the fusing. One graph serves all layers, and all lengths (`dynamic=True`). Compiling takes its
-time, half a minute or so: it pays on long runs only.
+The adapters' own fused step (`lora_products`) writes into tensors in ways a tracer does not
+follow, so while the layers are compiled each adapter runs the plain formula, W x + s · B A x, and
+the compiler does the fusing. One graph serves all layers, and all lengths (`dynamic=True`).
+Compiling takes half a minute or so: it pays on long runs only.
 """
 
 from __future__ import annotations
