@@ -261,12 +261,7 @@ def load_lora(
     check_new_name(model, name)
     files = read_adapter(folder, name)
     _check_base(model, files, force)
-    spec = _spec(files)
-    layers = linear_layers(model)
-    for path, parts in files.tensors.items():
-        _check_fit(files, path, parts, layers.get(path), spec)
-    for path, weight in files.copies.items():
-        _check_copy(files, path, weight, layers.get(path), spec)
+    spec = check_fit(files, linear_layers(model))
     before = active_adapter(model)
     plain = LoraSpec(spec.rank, spec.alpha, spec.targets, spec.dropout, "kaiming", spec.rslora)
     generator = torch.Generator().manual_seed(0)  # overwritten at once: spare the global one
@@ -276,6 +271,17 @@ def load_lora(
             _fill(wrapped[path], name, spec, parts)
     set_active(model, name if activate else before)
     return model
+
+
+def check_fit(files: AdapterFiles, layers: dict[str, nn.Module]) -> LoraSpec:
+    """Check that an adapter's tensors and saved base weights fit these layers (by path); say what
+    it is. Raises BadInputError, CorruptFileError."""
+    spec = _spec(files)
+    for path, parts in files.tensors.items():
+        _check_tensors(files, path, parts, layers.get(path), spec)
+    for path, weight in files.copies.items():
+        _check_copy(files, path, weight, layers.get(path), spec)
+    return spec
 
 
 def _check_base(model: nn.Module, files: AdapterFiles, force: bool) -> None:
@@ -316,7 +322,7 @@ def _spec(files: AdapterFiles) -> LoraSpec:
     )
 
 
-def _check_fit(files, path, parts, module, spec) -> None:
+def _check_tensors(files, path, parts, module, spec) -> None:
     if module is None:
         raise BadInputError(
             f"The adapter in {files.folder} has weights for {path}, which this model lacks: "

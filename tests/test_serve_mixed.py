@@ -10,8 +10,8 @@ from lora_kit.errors import BadInputError, UnknownNameError
 from lora_kit.lora import LoraSpec, add_lora, load_lora, lora_layers, read_adapter, save_lora
 from lora_kit.lora_base import keep_from_repacking
 from lora_kit.lora_targets import linear_layers
-from lora_kit.serve import mixed as mixed_module
-from lora_kit.serve.mixed import MixedLora
+from lora_kit.serve.mixed import PLANS_KEPT, MixedLora
+from lora_kit.serve.products import _order_of
 
 ADAPTERS = {  # rank, placement, options: all that one batch may hold at once
     "all4": (4, "all", {}),
@@ -24,6 +24,9 @@ ADAPTERS = {  # rank, placement, options: all that one batch may hold at once
     "scaled": (4, "attention", {"rslora": True}),
     "pissa": (2, "attention", {"init": "pissa"}),
     "up5": (5, ["up_proj"], {}),
+    "all4b": (4, "all", {}),
+    "all4c": (4, "all", {}),
+    "all4d": (4, "all", {}),
 }
 MIXES = [
     ["all4"] * 5,
@@ -33,6 +36,10 @@ MIXES = [
     ["qv3", "head2", "scaled", "pissa", "up5"],
     ["q16", "qv3", "q16", None, "attention8"],
     ["up5", None, "mlp2", "up5", None],
+    # Neighbours in one page with one, two and six rows: padded products, and one by itself.
+    ["all4", "all4b", "all4b", "all4d", *["all4c"] * 6, None, "all4"],
+    ["all4d", "all4c", "all4b", "all4"],
+    ["all4", "all4", "all4b", "all4b"],
 ]
 
 
@@ -108,21 +115,31 @@ def alone(kind, folders, names, batch):
     return torch.stack(rows)
 
 
+def both_ways(folders):
+    made = {}
+    for way, masked in (("gathered", False), ("masked", True)):
+        made[way] = MixedLora(build("float32"), masked=masked)
+        for name, folder in folders.items():
+            made[way].put(name, made[way].factors(read_adapter(folder)))
+    return made
+
+
 @pytest.fixture(scope="module")
-def dense(folders):
-    made = MixedLora(build("float32"))
-    for name, folder in folders.items():
-        made.put(name, made.factors(read_adapter(folder)))
-    yield made
-    made.close()
+def ways(folders):
+    return both_ways(folders)
 
 
-@pytest.mark.parametrize("most", [0, 10**9], ids=["grouped", "masked"])
+@pytest.fixture
+def dense(ways):
+    return ways["gathered"]
+
+
+@pytest.mark.parametrize("way", ["gathered", "masked"])
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("names", MIXES, ids=str)
-def test_every_row_is_as_alone(dense, folders, names, tokens, most, monkeypatch):
-    monkeypatch.setattr(mixed_module, "MASKED_TOKENS", most)
-    batch = ids(5, tokens)
+def test_every_row_is_as_alone(ways, folders, names, tokens, way):
+    dense = ways[way]
+    batch = ids(len(names), tokens)
     with torch.inference_mode(), dense.rows(names):
         together = dense.model(batch).logits
     close(together, alone("float32", folders, names, batch), 1e-5)
@@ -132,11 +149,10 @@ def test_every_row_is_as_alone(dense, folders, names, tokens, most, monkeypatch)
     ("kind", "tolerance"),
     [("nf4", 1e-5), ("bitsandbytes", 1e-5), ("float16", 4e-3), ("bfloat16", 3e-2)],
 )
-@pytest.mark.parametrize("most", [0, 10**9], ids=["grouped", "masked"])
-def test_over_every_kind_of_base(folders, kind, tolerance, most, monkeypatch):
-    monkeypatch.setattr(mixed_module, "MASKED_TOKENS", most)
-    names = ["all4", None, "attention8", "qv3", "mlp2"]
-    mixed = MixedLora(build(kind))
+@pytest.mark.parametrize("masked", [False, True], ids=["gathered", "masked"])
+def test_over_every_kind_of_base(folders, kind, tolerance, masked):
+    names = ["all4", None, "attention8", "qv3", "all4b"]
+    mixed = MixedLora(build(kind), masked=masked)
     for name in filter(None, names):
         mixed.put(name, mixed.factors(read_adapter(folders[name])))
     for tokens in (1, 6):
@@ -181,16 +197,19 @@ def test_another_thread_meets_the_base(dense):
     assert torch.equal(found["other"], bare)
 
 
-def test_another_adapters_overflow_is_not_this_rows(folders):
+@pytest.mark.parametrize("masked", [False, True], ids=["gathered", "masked"])
+def test_another_adapters_overflow_is_not_this_rows(folders, masked):
     """In half precision an adapter may overflow on an input it never serves."""
-    mixed = MixedLora(build("float16"))
-    for name in ("all4", "attention8"):
+    mixed = MixedLora(build("float16"), masked=masked)
+    for name in ("all4", "all4b"):
         mixed.put(name, mixed.factors(read_adapter(folders[name])))
-    for a, _ in mixed._adapters["attention8"].by_path.values():
-        a.mul_(3e4)
+    page, slot = mixed.slots.at["all4b"]
+    assert mixed.slots.at["all4"][0] is page
+    for a in page.a.values():
+        a[:, slot].mul_(3e4)
     batch = ids(2, 3)
     with torch.inference_mode():
-        with mixed.rows(["all4", "attention8"]):
+        with mixed.rows(["all4", "all4b"]):
             together = mixed.model(batch).logits
         with mixed.rows(["all4", None]):
             without = mixed.model(batch).logits
@@ -199,32 +218,68 @@ def test_another_adapters_overflow_is_not_this_rows(folders):
     close(together[0].float(), without[0].float(), 4e-3)
 
 
-def test_layers_that_share_an_input_share_the_first_product(dense, monkeypatch):
+@pytest.mark.parametrize(
+    ("names", "products"),
+    [  # of one layer with few tokens: (batched products, single ones)
+        (["all4", "all4b", "all4c", "all4d"], (1, 0)),
+        (["all4", "all4", "all4c", "all4d"], (1, 1)),  # all4b's slot lies between and is not read
+        (["all4"] * 4, (0, 1)),
+        (["all4"] * 5 + ["all4b", "all4c"], (1, 1)),
+    ],
+)
+def test_neighbours_share_a_product(folders, names, products):
+    mixed = MixedLora(build("float32"), masked=False)
+    for name in ("all4", "all4b", "all4c", "all4d"):
+        mixed.put(name, mixed.factors(read_adapter(folders[name])))
+    batch = mixed._plan(tuple(names))
+    order = _order_of(batch, batch.by_path["model.layers.0.mlp.up_proj"], 1)
+    many = sum(part.last - part.first > 1 for part in order.parts)
+    assert (many, len(order.parts) - many) == products
+    rows = {row for part in order.parts for row in range(part.start, part.stop)}
+    assert sorted(rows) == list(range(order.places))  # every place is made by one product
+
+
+def test_masked_layers_that_share_an_input_share_the_first_product(ways, monkeypatch):
     products = []
     plain = torch.Tensor.mm
     monkeypatch.setattr(
         torch.Tensor, "mm", lambda a, b, *rest: products.append(1) or plain(a, b, *rest)
     )
-    with torch.inference_mode(), dense.rows(["all4", "all1"]):
-        dense.model(ids(2, 1))
+    with torch.inference_mode(), ways["masked"].rows(["all4", "all4b"]):
+        ways["masked"].model(ids(2, 1))
     # Two layers; q-k-v, o, gate-up and down each have one product besides the one added in place.
     assert len(products) == 2 * 4
 
 
-def test_a_set_that_shrinks_a_little_is_not_stacked_anew(dense):
-    dense._packed.clear()
-    with dense.rows(["all4", "all1", "mlp2"]):
-        pass
-    with dense.rows(["all4", "mlp2", None]):
-        pass
-    assert list(dense._packed) == [("all1", "all4", "mlp2")]
-    with dense.rows(["mlp2", None]):
-        pass
-    assert list(dense._packed)[1:] == [("mlp2",)]
-    for name in ("all4", "all1", "q16", "qv3", "up5"):
-        with dense.rows([name]):
+def test_plans_are_kept_and_bounded(dense):
+    dense._plans.clear()
+    for names in (["all4"], ["all4", None], ["all1"], ["all4"]):
+        with dense.rows(names):
             pass
-    assert len(dense._packed) == mixed_module.PACKED_KEPT
+    assert list(dense._plans) == [("all4",), ("all4", None), ("all1",)]
+    for count in range(1, 2 * PLANS_KEPT):
+        with dense.rows(["q16"] * count):
+            pass
+    assert len(dense._plans) == PLANS_KEPT
+
+
+def test_slots_are_used_again_and_pages_given_back(folders):
+    mixed = MixedLora(llama())
+    factors = mixed.factors(read_adapter(folders["all4"]))
+    other = mixed.factors(read_adapter(folders["qv3"]))
+    for i in range(6):
+        mixed.put(f"a{i}", factors)
+    mixed.put("other", other)
+    pages = mixed.slots.pages[factors.shape]
+    assert [len(p.free) for p in pages] == [0, 2]
+    mixed.drop("a2")
+    mixed.put("again", factors)
+    assert mixed.slots.at["again"] == (pages[0], 2)
+    for name in ("a4", "a5"):
+        mixed.drop(name)
+    assert mixed.slots.pages[factors.shape] == [pages[0]]
+    mixed.drop("other")
+    assert other.shape not in mixed.slots.pages
 
 
 def test_dropping_forgets_what_was_stacked(folders):
@@ -255,7 +310,7 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
     files = read_adapter(folders["all4"])
     for parts in files.tensors.values():
         parts["lora_A"] = parts["lora_A"][:, :-1]
-    with pytest.raises(BadInputError, match=r"does not fit model\.layers"):
+    with pytest.raises(BadInputError, match=r"for model\.layers.* belongs to another base"):
         mixed.factors(files)
     mixed.put("a", mixed.factors(read_adapter(folders["all4"])))
     with pytest.raises(BadInputError, match="there already"):

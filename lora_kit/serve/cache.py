@@ -39,6 +39,7 @@ class RowCache:
         self.lengths += [0] * count
         return slice(start, start + count)
 
+    @torch.inference_mode()  # the buffers were made in it
     def drop(self, row: int, spoiled: bool = False) -> None:
         """Take a row out; the last one takes its place.
 

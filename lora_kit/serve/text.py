@@ -68,7 +68,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def end_tokens(model, tokenizer) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation config."""
+    """The tokens that end an answer: the tokenizer's, and the model's generation config's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return {i for i in (tokenizer.eos_token_id, *listed) if i is not None}

@@ -1,0 +1,231 @@
+"""The detours of a mixed batch, in few products. Two ways, by where launching costs more than work.
+
+**Gathered** (CPU). Rows are brought in the order of their adapters, and each adapter's rows are
+multiplied with its own factors and nothing else. Adapters that lie side by side and have few tokens
+each go through one batched product, padded to the most rows one of them has; one with many tokens
+gets a product of its own. Every adapter in play is read once, which is all the memory traffic there
+has to be:
+
+    X[order] (n, m, in) · A (n, r, in)ᵀ · B (n, r, out)  →  back to the rows they came from
+
+**Masked** (GPU). Every row goes through every slot of a page, and the columns of other slots are
+set to zero (set, not multiplied: another adapter's overflow is not this row's):
+
+    H = X [A_1; A_2; …]ᵀ (rows, slots · r)
+    H[i, j] = 0  unless column j is of row i's slot
+    Y += H [B_1; B_2; …]
+
+work in vain, but three kernels whatever the adapters, where gathering would launch many more; and
+layers that read one input share the first. Both give each row the same sum; they differ by its
+rounding. Which is faster where: `benchmarks/adapters.py --part products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lora_kit.serve.slots import Page
+
+FEW_TOKENS = 4  # up to so many tokens an adapter shares a batched product with its neighbours
+At = tuple[Page, int] | None  # a row's page and slot
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Slots first..last of a page, `width` rows of each, at start..stop in the gathered order."""
+
+    page: Page
+    first: int
+    last: int
+    width: int
+    start: int
+    stop: int
+
+
+@dataclass
+class _Order:
+    """How rows are gathered for the layers of some pages.
+
+    parts: the products; gather: (n,) the row at each place, None where rows stand in order already;
+    back: (rows,) the place of each row's product, n for rows without one.
+    """
+
+    parts: list[_Part]
+    gather: torch.Tensor | None
+    back: torch.Tensor
+    places: int
+
+
+@dataclass
+class Batch:
+    """Whose rows these are, with what was worked out about them.
+
+    by_path: the pages that have a layer; orders, masks: made when first wanted; seen: what layers
+    that read one input share, (site, input, gathered rows or first products).
+    """
+
+    at: list[At]
+    masked: bool
+    device: torch.device
+    by_path: dict[str, list[Page]]
+    orders: dict[tuple, _Order] = field(default_factory=dict)
+    masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    seen: tuple | None = None
+
+
+def plan_batch(at: Sequence[At], masked: bool, device: torch.device) -> Batch:
+    """Args: at: each row's page and slot, None for the bare base; masked: see the module."""
+    pages: dict[int, Page] = {id(a[0]): a[0] for a in at if a is not None}
+    by_path: dict[str, list[Page]] = {}
+    for page in pages.values():
+        for path in page.place:
+            by_path.setdefault(path, []).append(page)
+    return Batch(list(at), masked, torch.device(device), by_path)
+
+
+@torch.no_grad()
+def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.Tensor):
+    """out + the rows' own detours at a layer; out itself where it may be written to.
+
+    x (rows, ..., in), out (rows, ..., out_features).
+    """
+    pages = batch.by_path.get(path)
+    if pages is None:
+        return None
+    if out.requires_grad or not out.is_contiguous():
+        out = out.clone()
+    product = _masked if batch.masked else _gathered
+    product(batch, pages, path, site, x, out)
+    return out
+
+
+# ---------------------------------------------------------------------- gathered
+def _gathered(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> None:
+    rows = len(batch.at)
+    tokens = x.numel() // (x.shape[-1] * rows)
+    order = _order_of(batch, pages, tokens)
+    dtype = pages[0].b[path].dtype
+    flat = out.view(rows, -1)
+    if len(order.parts) == 1 and order.gather is None:  # rows stand as the product wants them
+        part = order.parts[0]
+        _multiply(part, path, x.reshape(rows * tokens, -1).to(dtype), flat, add=True)
+        return
+    key = (site, id(order))
+    if batch.seen is not None and batch.seen[0] == key and batch.seen[1] is x:
+        some = batch.seen[2]
+    else:
+        lined = x.reshape(rows, -1)
+        some = (lined if order.gather is None else lined.index_select(0, order.gather)).to(dtype)
+        batch.seen = (key, x, some)
+    made = torch.empty((order.places + 1, flat.shape[1]), dtype=dtype, device=x.device)
+    made[-1] = 0
+    for part in order.parts:
+        _multiply(part, path, some[part.start : part.stop], made[part.start : part.stop])
+    flat.add_(made.index_select(0, order.back))
+
+
+def _multiply(part: _Part, path: str, x, out: torch.Tensor, add: bool = False) -> None:
+    """out = x Aᵀ B, or out += it; both of (rows of the part) × anything."""
+    site, number = part.page.place[path]
+    a = part.page.a[site][number, part.first : part.last]
+    b = part.page.b[path][part.first : part.last]
+    count = part.last - part.first
+    if count == 1:
+        hidden, to = x.view(-1, a.shape[2]).mm(a[0].t()), out.view(-1, b.shape[2])
+        if add and to.dtype == b.dtype:
+            to.addmm_(hidden, b[0])
+        elif add:
+            to.add_(hidden.mm(b[0]))
+        else:
+            torch.mm(hidden, b[0], out=to)
+        return
+    hidden = x.view(count, -1, a.shape[2]).bmm(a.transpose(1, 2))
+    to = out.view(count, -1, b.shape[2])
+    if add and to.dtype == b.dtype:
+        to.baddbmm_(hidden, b)
+    elif add:
+        to.add_(hidden.bmm(b))
+    else:
+        torch.bmm(hidden, b, out=to)
+
+
+def _order_of(batch: Batch, pages: list[Page], tokens: int) -> _Order:
+    few = FEW_TOKENS // tokens  # rows of an adapter that make it one of few tokens
+    key = (few, *map(id, pages))
+    if key not in batch.orders:
+        batch.orders[key] = _line_up(batch, pages, few)
+    return batch.orders[key]
+
+
+def _line_up(batch: Batch, pages: list[Page], few: int) -> _Order:
+    parts, gather, back = [], [], [-1] * len(batch.at)
+    for page in pages:
+        rows: dict[int, list[int]] = {}
+        for row, at in enumerate(batch.at):
+            if at is not None and at[0] is page:
+                rows.setdefault(at[1], []).append(row)
+        for run in _runs(rows, few):
+            width, start = max(len(rows[s]) for s in run), len(gather)
+            for slot in run:
+                for row in rows[slot]:
+                    back[row] = len(gather)
+                    gather.append(row)
+                # What fills a place up is multiplied in vain and read by nobody.
+                gather += [rows[slot][0]] * (width - len(rows[slot]))
+            parts.append(_Part(page, run[0], run[-1] + 1, width, start, len(gather)))
+    places = len(gather)
+    as_they_are = gather == list(range(len(batch.at)))
+    back = torch.tensor([places if b < 0 else b for b in back], device=batch.device)
+    line = None if as_they_are else torch.tensor(gather, device=batch.device)
+    return _Order(parts, line, back, places)
+
+
+def _runs(rows: dict[int, list[int]], few: int) -> list[list[int]]:
+    """Neighbouring slots of few rows each, together; every other one by itself."""
+    runs: list[list[int]] = []
+    for slot in sorted(rows):
+        small = len(rows[slot]) <= few
+        if small and runs and runs[-1][-1] == slot - 1 and len(rows[runs[-1][-1]]) <= few:
+            runs[-1].append(slot)
+        else:
+            runs.append([slot])
+    return runs
+
+
+# ---------------------------------------------------------------------- masked
+def _masked(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> None:
+    if batch.seen is None or batch.seen[0] != site or batch.seen[1] is not x:
+        batch.seen = (site, x, {})
+    wide = out.view(-1, out.shape[-1])
+    for page in pages:
+        hidden = batch.seen[2].get(id(page))
+        if hidden is None:
+            hidden = _hidden(batch, page, site, x.reshape(-1, x.shape[-1]))
+            batch.seen[2][id(page)] = hidden
+        _, number = page.place[path]
+        columns = page.slots * page.rank
+        mine = hidden[:, number * columns : (number + 1) * columns]
+        b = page.b[path].view(columns, -1)
+        if wide.dtype == b.dtype:
+            wide.addmm_(mine, b)
+        else:
+            wide.add_(mine.mm(b))
+
+
+def _hidden(batch: Batch, page: Page, site: str, flat: torch.Tensor) -> torch.Tensor:
+    """(tokens, layers of the site · slots · r), zero but in the token's own slot."""
+    a = page.a[site]
+    layers, slots, rank, width = a.shape
+    hidden = flat.to(a.dtype).mm(a.view(-1, width).t())
+    each = len(flat) // len(batch.at)
+    key = (id(page), each)
+    if key not in batch.masks:
+        own = [-1 if at is None or at[0] is not page else at[1] for at in batch.at]
+        mine = torch.tensor(own, device=batch.device).repeat_interleave(each)
+        others = mine[:, None] != torch.arange(slots, device=batch.device)
+        batch.masks[key] = others[:, None, :, None]
+    hidden.view(len(flat), layers, slots, rank).masked_fill_(batch.masks[key], 0)
+    return hidden
