@@ -38,6 +38,7 @@ from lora_kit.evaluate.jail import values
 
 MIB = 2**20
 GRACE_SECONDS = 20.0  # for a busy machine to start the checker, over the program's own time
+ENDING_SECONDS = 10.0  # for the checker to end the program, before both are killed from here
 
 # No site-packages (-S), no user site, nothing from the environment but the hash seed, with which
 # sets of strings come in the same order each time: the same completion, the same verdict.
@@ -288,19 +289,24 @@ def _read(told: bytes, text: str, seconds: float, isolate: bool) -> Outcome | st
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill the checker and all below it, if it has not ended by itself."""
+    """End the checker and all below it, and wait until none of them is left."""
     import psutil
 
     below = []
     if process.poll() is None:
         with suppress(psutil.Error):
             below = psutil.Process(process.pid).children(recursive=True)
+        # The checker knows best what is below it, orphans and hidden ones too: it is asked first.
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for child in below:
             with suppress(psutil.Error):
                 child.kill()
     process.wait()
+    psutil.wait_procs(below, timeout=ENDING_SECONDS)  # a killed process takes a while to go
 
 
 def _remove(folder: str) -> None:

@@ -56,12 +56,19 @@ def main(verdict: int) -> None:
         except OSError as e:
             values.send(verdict, {"missing": processes.refusal(e)})
             return
+
+        def give_up(*_):
+            program.end()
+            os._exit(1)
+
+        signal.signal(signal.SIGTERM, give_up)  # the caller wants no verdict any more
         checks = values.receive(0, largest=None)
         os.close(0)
         found = _judge(program, job, checks) if checks else _wait(program, job)
         found["seconds"] = round(time.monotonic() - program.started, 6)
         if not program.end():
             found["why"] += "; some of its processes could not be ended"
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         values.send(verdict, found)
     except BrokenPipeError:
         return

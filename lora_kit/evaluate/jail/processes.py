@@ -38,6 +38,7 @@ class Processes:
             os.close(handle)
         self.calls, self.answers, self._status = calls[1], answers[0], status[0]
         self._ended: int | None = None
+        self._gone = False
         try:
             first = values.receive(self.answers)
         except EOFError:
@@ -62,9 +63,10 @@ class Processes:
         if self.isolated:
             # The kernel kills a whole tree when its process 1 dies, before that one is reaped.
             with suppress(ProcessLookupError, ChildProcessError):
-                if self._ended is None:
+                if self._ended is None and not self._gone:
                     os.kill(self.pid, signal.SIGKILL)
                     os.waitpid(self.pid, 0)
+                    self._gone = True  # its number may be another's from now on
             return True
         with suppress(OSError):
             os.killpg(self.pid, signal.SIGKILL)
