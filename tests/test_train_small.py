@@ -1,4 +1,4 @@
-"""The small adapters: recipes that fit a megabyte, and what is shipped is what was measured."""
+"""The small adapters: recipes of one to three megabytes; what is shipped is what was measured."""
 
 import math
 
@@ -30,17 +30,19 @@ def test_every_skill_has_a_recipe_and_is_in_the_registry():
 
 
 @pytest.mark.parametrize("name", SMALL_RECIPES)
-def test_a_megabyte_at_most(name):
+def test_three_megabytes_at_most(name):
     spec, shape = SMALL_RECIPES[name].spec, architecture("smollm2-135m")
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     outputs = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": shape.hidden_size}
-    inputs = {"o_proj": q}
+    outputs |= {"gate_proj": shape.intermediate_size, "up_proj": shape.intermediate_size}
+    outputs |= {"down_proj": shape.hidden_size}
+    inputs = {"o_proj": q, "down_proj": shape.intermediate_size}
     numbers = shape.num_layers * sum(
         spec.rank * (inputs.get(t, shape.hidden_size) + outputs[t])
         for t in check_targets(spec.targets)
     )
-    assert numbers == 460_800
-    assert 2 * numbers < 1e6
+    assert numbers == (1_221_120 if spec.targets == "all" else 460_800)
+    assert 2 * numbers < 3e6
 
 
 @pytest.mark.parametrize("name", SMALL_RECIPES)
@@ -57,7 +59,7 @@ def test_what_is_shipped_is_whole_small_and_recorded(skill):
     tensors = [t for parts in files.tensors.values() for t in parts.values()]
     assert {t.dtype for t in tensors} == {torch.float16}
     size = (ADAPTERS / skill / "adapter_model.safetensors").stat().st_size
-    assert size < 1e6
+    assert size < 3e6
     assert files.fingerprint is not None
     spec = SMALL_RECIPES[f"{skill}-small"].spec
     assert (files.config["r"], files.config["lora_alpha"]) == (spec.rank, spec.alpha)
