@@ -14,6 +14,7 @@ from lora_kit.errors import BadInputError, unknown_name
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 LINEAR = ATTENTION + MLP
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,14 @@ class Architecture:
         return self.linear_parameters + self.embedding_parameters + norms + biases
 
     def lora_parameters(self, rank: int, targets=LINEAR) -> int:
-        """rank · (in + out) for each target module of each layer."""
-        shapes = self.linear_shapes()
-        return self.num_layers * sum(rank * sum(shapes[t]) for t in check_targets(targets))
+        """rank · (in + out) for each target module of each layer, and once for the output head.
+
+        An adapter on the head has rank · (h + V) parameters, whether or not the head shares the
+        embedding's weights: A and B are its own.
+        """
+        shapes, names = self.linear_shapes(), check_targets(targets)
+        layers = self.num_layers * sum(rank * sum(shapes[t]) for t in names if t != HEAD)
+        return layers + (rank * (self.hidden_size + self.vocab_size) if HEAD in names else 0)
 
     @classmethod
     def from_config(cls, config, name: str | None = None) -> Architecture:
@@ -116,6 +122,7 @@ class Architecture:
 
 def check_targets(targets) -> tuple[str, ...]:
     """The module names meant by `targets`: "all-linear", "attention", "mlp", a name, or names.
+    The output head, "lm_head", is in no group and has to be named.
 
     Raises:
         UnknownNameError: a name no layer has.
@@ -125,8 +132,8 @@ def check_targets(targets) -> tuple[str, ...]:
     names = targets.replace(" ", "").split(",") if isinstance(targets, str) else list(targets)
     chosen: list[str] = []
     for name in names:
-        if name not in groups and name not in LINEAR:
-            raise unknown_name("target module", name, [*LINEAR, *groups])
+        if name not in groups and name not in (*LINEAR, HEAD):
+            raise unknown_name("target module", name, [*LINEAR, HEAD, *groups])
         chosen += [t for t in groups.get(name, (name,)) if t not in chosen]
     if not chosen:
         raise BadInputError("No target modules: name at least one, or 'all-linear'.")

@@ -12,7 +12,7 @@ from lora_kit import store
 from lora_kit.architectures import Architecture
 from lora_kit.data import Dataset
 from lora_kit.errors import BadInputError, CorruptFileError, RunFailedError
-from lora_kit.train.spec import TrainSpec, choose_engine
+from lora_kit.train.spec import TrainSpec, check_engine, choose_engine
 
 RECORD = "training.json"
 SETTLED = ("batch_size", "accumulation", "checkpointing")
@@ -91,7 +91,7 @@ def finetune(
 
     Raises:
         BadInputError: rows on which no token would be trained, an output folder that holds
-            something else; and what loading raises.
+            something else, targets the engine cannot train; and what loading raises.
         RunFailedError: the loss or the adapter became NaN or infinite, or not one row fits.
     """
     asked = engine
@@ -101,6 +101,7 @@ def finetune(
     files = fetch_model(model)
     if asked == "auto":
         engine, why = choose_engine(asked, store.read_json(files.path / "config.json"))
+    check_engine(engine, spec)
     identity = {
         "model": [files.name, files.revision, *_weights_of(files)],
         "data": rows.fingerprint,

@@ -21,7 +21,7 @@ from lora_kit.train.heldout import heldout_loss
 from lora_kit.train.log import TRACKERS, tracker
 from lora_kit.train.report import data_report, estimate, format_report, matmul_speed
 from lora_kit.train.settings import settle
-from lora_kit.train.spec import TrainSpec, choose_engine
+from lora_kit.train.spec import TrainSpec, check_engine, choose_engine
 
 
 def finetune_from(
@@ -83,6 +83,7 @@ def finetune_from(
     config = read_json(files.path / "config.json")
     shape = Architecture.from_config(config, files.name)
     chosen, why = choose_engine(engine, config) if engine == "auto" else (chosen, why)
+    check_engine(chosen, spec)
     longest = max(report.lengths)
     settled, how = settle(spec, shape, hardware, chosen, longest)
     expected = estimate(report, settled, shape, hardware, matmul_speed(hardware), chosen)

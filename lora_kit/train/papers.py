@@ -36,6 +36,7 @@ _ZHAO = "LoRA Land (Zhao et al. 2024)"
 _ALWADHI = "From Generalist to Specialist (Alwadhi)"
 _SAHA = "Task-Specific LoRA Adapters (Saha et al. 2024)"
 _MAI = "Slimming Down LLMs (Mai)"
+_OSWAL = "Small language models for e-commerce (Oswal et al. 2025)"
 _T4_CHOICES = {
     "learning_rate": "not printed: 2e-4, QLoRA's for models of this size (Dettmers et al. 2023)",
     "batch_size": "not printed: 8 rows a step, what Unsloth's notebooks reach with 2 × 4",
@@ -133,6 +134,39 @@ PAPER_RECIPES: dict[str, Recipe] = {
             "quantization": "not printed: LoRA, so the base is not quantised",
             "style": "not printed: Alpaca's template",
             **_T4_CHOICES,
+        },
+    ),
+    "oswal": Recipe(
+        TrainSpec(
+            rank=16,
+            alpha=16,
+            dropout=0.1,
+            targets="all,lm_head",
+            learning_rate=1e-4,
+            steps=0,
+            epochs=1,
+            batch_size=64,
+            warmup=0.05,
+            max_length=1024,
+            style="alpaca",
+            quantization="nf4",
+        ),
+        _OSWAL,
+        printed={
+            "rank": "table 1: the one rank that gives its trainable parameters",
+            "targets": "table 1: q, k, v, o, gate, up, down and lm_head give its numbers",
+            "quantization": "section 3.2: QLoRA",
+        },
+        chosen={
+            "alpha": "16, as the authors' published adapters; in the paper not printed",
+            "dropout": "0.1, as the authors' published adapters; not printed",
+            "learning_rate": "1e-4, as the authors' published settings; not printed",
+            "batch_size": "64, as the authors' published settings; not printed",
+            "schedule": "cosine, as the authors' published settings; not printed",
+            "warmup": "0.05, as the authors' published settings; not printed",
+            "epochs": "not printed: 1",
+            "max_length": "not printed: 1024, room for product reviews",
+            "style": "ECInstruct's rows are instruction, input, output: Alpaca's template",
         },
     ),
     "mai": Recipe(

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from dataclasses import asdict, dataclass
 
-from lora_kit.architectures import check_targets
+from lora_kit.architectures import HEAD, check_targets
 from lora_kit.errors import BadInputError, unknown_name
 
 ENGINES = ("auto", "native", "trl", "unsloth")
@@ -19,7 +19,8 @@ class TrainSpec:
     """Hyperparameters of one fine-tuning run, in the field's own names.
 
     rank, alpha, dropout: LoRA's; ΔW = (alpha/rank)·B·A. targets: "attention", "mlp", "all", or
-    names joined by commas.
+    names joined by commas; "all,lm_head" adds the output head, which the native engine alone
+    trains.
     learning_rate: the peak, reached after `warmup` (a fraction of the steps), then a cosine to 0
     (or `schedule`: "linear" to 0, "constant"). optimizer: "adamw", "adamw-8bit", either "paged-";
     "auto" is the engine's own choice; a CPU knows plain AdamW only.
@@ -93,6 +94,20 @@ class TrainSpec:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def check_engine(engine: str, spec: TrainSpec) -> None:
+    """Hold an engine to what it can train.
+
+    Raises:
+        BadInputError: an adapter on the output head under another engine than native (trl 1.15
+            refuses one).
+    """
+    if engine != "native" and HEAD in check_targets(spec.targets):
+        raise BadInputError(
+            f"The engine {engine} trains no adapter on {HEAD}: take engine='native', or leave "
+            f"{HEAD} out of targets={spec.targets!r}."
+        )
 
 
 def choose_engine(engine: str = "auto", config: dict | None = None) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from lora_kit.studies.checks.outcome import (
     some_of,
     text,
 )
+from lora_kit.train.recipes import recipe
 
 PAPER = "oswal2025"
 SHAPES = {
@@ -74,9 +75,8 @@ def ahead(table: str, tasks, ours: str, others, slack: float = 0.0) -> dict[str,
 
 def trainable(row: str) -> Outcome:
     """Table 1's count beside rank 16 on all linear layers and the head, in millions."""
-    shape = architecture(SHAPES[row])
-    head = 16 * (shape.hidden_size + shape.vocab_size)
-    millions = (shape.lora_parameters(16) + head) / 1e6
+    spec = recipe("oswal")
+    millions = architecture(SHAPES[row]).lora_parameters(spec.rank, spec.targets) / 1e6
     printed = cell(PAPER, "table_01", row, "Trainable params")
     outcome = equals(printed, millions, unit="M")
     cut = 0 <= millions - printed.value < 2 * printed.half
