@@ -76,6 +76,13 @@ def ranks_tried_are_reported() -> Outcome:
     return all_of({f"rank {k}": any(r.endswith(f"r{k}") for r in rows) for k in (16, *RANKS)})
 
 
+@check
+def architectures_are_reported() -> Outcome:
+    rows = [r for t in range(1, 5) for r in column(PAPER, f"table_{t:02}", _first(t))]
+    named = {"Llama-3.2-1B": "Llama-1B-", "Llama-3.2-3B": "Llama-3B-", "Qwen": "Qwen"}
+    return all_of({n: any(r.startswith(f) for r in rows) for n, f in named.items()})
+
+
 def _first(table: int) -> str:
     return {1: "pass@1", 2: "ROUGE-1", 3: "Accuracy", 4: "Flexible Extract"}[table]
 

@@ -109,6 +109,16 @@ def training_rows_agree() -> Outcome:
 
 
 @check
+def lengths_agree() -> Outcome:
+    figure = column(PAPER, "figure_02", "P95 # Tokens")
+    table = column(PAPER, "table_13", "Example length p95")
+    outcome = all_of({task: abs(figure[task] - p) < 1 for task, p in table.items()}, "tasks")
+    exact = all(figure[task] == p for task, p in table.items())
+    verdict = outcome.verdict if exact or outcome.verdict != HOLDS else ROUNDING
+    return Outcome(verdict, outcome.found, "rounded or cut to whole tokens")
+
+
+@check
 def wikisql_cost() -> Outcome:
     rows, given, made = (
         text(PAPER, "3.5", f"WikiSQL on GPT-4: {what}").value
