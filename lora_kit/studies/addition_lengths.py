@@ -11,30 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_kit.arithmetic import digit_accuracy, edit_distance
 from lora_kit.data import Dataset
 from lora_kit.errors import BadInputError
 
 STUDY = "addition_lengths"
-
-
-def digit_accuracy(answer: str, expected: str) -> float:
-    """The share of places that hold the right digit, counted from the right, where addition starts.
-
-    Over the longer of the two, so that digits too many count as wrong: 1 only for the sum itself.
-    """
-    longest = max(len(answer), len(expected), 1)
-    pairs = zip(reversed(answer), reversed(expected), strict=False)
-    return sum(a == b for a, b in pairs) / longest
-
-
-def edit_distance(answer: str, expected: str) -> int:
-    """Levenshtein's distance: insertions, deletions and replacements from one to the other."""
-    row = list(range(len(expected) + 1))
-    for i, a in enumerate(answer, start=1):
-        above, row[0] = row[0], i
-        for j, b in enumerate(expected, start=1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (a != b))
-    return row[-1]
 
 
 def addition_rows(
