@@ -199,7 +199,7 @@ def made_records(tasks=8, seeds=2):
                     "09_lora_land",
                     "made",
                     parameters={"task": f"t{i}", "category": "Math", "metric": "exact"}
-                    | {"generated": True},
+                    | {"generated": True, "steps": 80, "quantization": "nf4"},
                     metrics={
                         "base": {"value": 0.1},
                         "tuned": {"value": 0.1 + lift},
@@ -232,3 +232,17 @@ def test_table_of_tasks_and_its_correlations():
     assert told["ridge"].between(-1, 1).all()
     with pytest.raises(BadInputError, match="2 tasks are too few"):
         same_heuristics(mini_table(made_records(2)))
+
+
+def test_runs_of_other_lengths_stand_in_no_table_together():
+    from lora_kit.studies.mini_records import alike
+
+    long, short = made_records(3), made_records(4)
+    for record in short:
+        record.parameters["steps"] = 32
+    assert alike(long + short) == (short, long)
+    assert alike(long + short[:6]) == (long, short[:6])  # of two as large the longer runs
+    for record in short:
+        record.parameters |= {"steps": 80, "quantization": "none"}
+    assert alike(long + short) == (short, long)
+    assert alike([]) == ([], [])

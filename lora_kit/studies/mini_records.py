@@ -94,8 +94,22 @@ def score_unit(facts: dict, model: str | None = None) -> Record:
     )
 
 
+def alike(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The records that can stand in one table, and the others: runs of the same number of steps
+    on weights of the same kind (a GPU's 4-bit ones, a CPU's dense ones). The larger set is taken,
+    of two as large the longer runs."""
+    kinds: dict[tuple, list[Record]] = {}
+    for record in records:
+        key = record.parameters["steps"], record.parameters["quantization"]
+        kinds.setdefault(key, []).append(record)
+    if not kinds:
+        return [], []
+    best = max(kinds, key=lambda key: (len(kinds[key]), *key))
+    return kinds.pop(best), [record for rest in kinds.values() for record in rest]
+
+
 def mini_table(records: list[Record]) -> pd.DataFrame:
-    """One row a task, from the records of all its seeds.
+    """One row a task, from the records of all its seeds; see `alike`.
 
     Returns:
         A frame by task: category, metric, generated, seeds, base, tuned, lift (means over seeds),

@@ -141,13 +141,13 @@ def _oswal() -> list[Side]:
 
 
 def _zhao() -> list[Side]:
-    from lora_kit.studies.mini_records import mini_table
+    from lora_kit.studies.mini_records import alike, mini_table
     from lora_kit.studies.records import read_records
 
     base = _printed("zhao2024", "table_04", "Average", "No FT")
     tuned = _printed("zhao2024", "table_04", "Average", "With FT")
     wins = _printed("zhao2024", "table_04", "Average", "Frequency FT > No FT")
-    records = [r for r in read_records("09_lora_land") if "lift" in r.metrics]
+    records, _ = alike([r for r in read_records("09_lora_land") if "lift" in r.metrics])
     if not records:
         return [
             Side("average before and after", f"{base}, {tuned}", NO_RECORD),

@@ -204,9 +204,10 @@ def digit_accuracy_falls_more_gently() -> Outcome:
 
 
 def _mini():
-    from lora_kit.studies.mini_records import mini_table
+    from lora_kit.studies.mini_records import alike, mini_table
 
     found = [r for r in records("09_lora_land") if "task" in r.parameters and "lift" in r.metrics]
+    found, _ = alike(found)
     return mini_table(found) if len(found) > 5 else None
 
 
