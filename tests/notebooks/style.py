@@ -8,132 +8,17 @@ from __future__ import annotations
 
 import ast
 import io
-import os
 import re
 import tokenize
-import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import nbformat
-
-from lora_kit.studies import runner
+from sheets import Sheet, badge, colab_link, saved_figures, sections, setup_cell
 
 MOST_LINES = 30
 MOST_BYTES = 300_000
 MOST_CODE_IN_A_ROW = 2
 SCALARS = (bool, int, float, str)
-
-SETUP = """\
-# Set-up: does nothing where the kit is installed; on Colab it fetches the kit and what is missing.
-import importlib.util
-import pathlib
-import subprocess
-import sys
-
-if importlib.util.find_spec("lora_kit") is None:
-    if not pathlib.Path("{folder}").exists():
-        url = "{repository}"
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", url], check=True)
-    sys.path.insert(0, "{folder}")
-    from lora_kit.install import install_missing
-
-    install_missing()
-
-from lora_kit.notebook import begin, record
-
-globals().update(begin("{name}", globals()))"""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A notebook as it lies on disk, in its checkout."""
-
-    path: Path
-    root: Path
-
-    @cached_property
-    def nb(self):
-        # nbformat.read would mend missing and repeated ids before they are seen.
-        return nbformat.v4.reads(self.path.read_text(encoding="utf-8"))
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @property
-    def number(self) -> str:
-        return self.name.split("_")[0]
-
-    @property
-    def is_solution(self) -> bool:
-        return self.path.parent.name == "solutions"
-
-    @cached_property
-    def code(self) -> list[tuple[int, str]]:
-        """(index, source) of every code cell that holds code."""
-        return [
-            (i, c.source)
-            for i, c in enumerate(self.nb.cells)
-            if c.cell_type == "code" and c.source.strip()
-        ]
-
-    @cached_property
-    def parsed(self) -> list[tuple[int, ast.Module]]:
-        """(index, syntax tree) of every code cell; cells that do not parse are left out here and
-        reported by `code_parses`."""
-        trees = []
-        for i, source in self.code:
-            try:
-                trees.append((i, ast.parse(source)))
-            except SyntaxError:
-                continue
-        return trees
-
-    @property
-    def prose(self) -> str:
-        return "\n\n".join(c.source for c in self.nb.cells if c.cell_type == "markdown")
-
-    def tagged(self, tag: str) -> list[int]:
-        return [i for i, c in enumerate(self.nb.cells) if tag in c.metadata.get("tags", [])]
-
-
-def repository_url(root: Path) -> str:
-    """The repository's address, from the one place where it stands: pyproject's project.urls."""
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project["urls"]["Repository"]
-
-
-def colab_link(root: Path, notebook: str) -> str:
-    """Where Colab opens a notebook, named by its path within the checkout."""
-    slug = repository_url(root).removeprefix("https://github.com/")
-    return f"https://colab.research.google.com/github/{slug}/blob/main/{notebook}"
-
-
-def badge(root: Path, notebook: str) -> str:
-    """The "Open in Colab" badge of a notebook."""
-    image = "https://colab.research.google.com/assets/colab-badge.svg"
-    return f"[![Open in Colab]({image})]({colab_link(root, notebook)})"
-
-
-def setup_cell(root: Path, name: str) -> str:
-    """The set-up cell of the notebook called `name`."""
-    url = repository_url(root)
-    return SETUP.format(folder=url.rsplit("/", 1)[1], repository=url, name=name)
-
-
-def notebooks(root: Path) -> list[Path]:
-    return sorted(p for p in (root / "notebooks").glob("*.ipynb") if not p.name.startswith("."))
-
-
-def solutions(root: Path) -> list[Path]:
-    folder = root / "notebooks" / "solutions"
-    return sorted(p for p in folder.glob("*.ipynb") if not p.name.startswith("."))
-
-
-# One notebook at a time -------------------------------------------------------------------------
 
 
 def parameters_cell(sheet: Sheet) -> list[str]:
@@ -247,21 +132,16 @@ def title_of_solution(sheet: Sheet) -> list[str]:
 def closing(sheet: Sheet) -> list[str]:
     """The last sections are What was found, Exercises, Read next, each with something in it."""
     ends = ["What was found", "Exercises", "Read next"]
-    sections = re.findall(r"^## (.+?)\s*$", sheet.prose, flags=re.M)
-    if sections[-3:] != ends:
-        return [f"the last sections are {sections[-3:]}, not {ends}"]
+    titles = re.findall(r"^## (.+?)\s*$", sheet.prose, flags=re.M)
+    if titles[-3:] != ends:
+        return [f"the last sections are {titles[-3:]}, not {ends}"]
     found = []
-    for title, text in _sections(sheet.prose):
+    for title, text in sections(sheet.prose):
         if title in ends and not text.strip():
             found.append(f"the section {title!r} is empty")
         if title == "Exercises" and not re.search(r"^1\. ", text, flags=re.M):
             found.append("the exercises are not a numbered list")
     return found
-
-
-def _sections(prose: str) -> list[tuple[str, str]]:
-    parts = re.split(r"^## (.+?)\s*$", prose, flags=re.M)
-    return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def code_parses(sheet: Sheet) -> list[str]:
@@ -470,27 +350,6 @@ def figures_exist(sheet: Sheet) -> list[str]:
     return found
 
 
-def saved_figures(sheet: Sheet) -> list[str | None]:
-    """The names of `save(fig, "name")`, where `save` is lora_kit.figures'; None for a computed
-    name."""
-    names, called = [], set()
-    for _, tree in sheet.parsed:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module == "lora_kit.figures":
-                called |= {a.asname or a.name for a in node.names if a.name == "save"}
-    for _, tree in sheet.parsed:
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in called
-            ):
-                given = [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "name")]
-                plain = given and isinstance(given[0], ast.Constant)
-                names.append(given[0].value if plain else None)
-    return names
-
-
 def no_loose_figures(sheet: Sheet) -> list[str]:
     """Matplotlib's own savefig is not called: figures go through lora_kit.figures.save."""
     return [
@@ -522,133 +381,3 @@ COMMON = (
 )
 COURSE_CHECKS = (*COMMON, opening, closing)
 SOLUTION_CHECKS = (*COMMON, title_of_solution)
-
-
-# The whole checkout -----------------------------------------------------------------------------
-
-
-def solutions_match(root: Path) -> list[str]:
-    """Each notebook with exercises has a solutions notebook, linked and complete; none is left
-    over."""
-    found = []
-    solved = {p.stem: p for p in solutions(root)}
-    for path in notebooks(root):
-        name = f"{path.stem}_solutions"
-        exercises = dict(_sections(Sheet(path, root).prose)).get("Exercises", "")
-        numbers = re.findall(r"^(\d+)\. ", exercises, flags=re.M)
-        if not numbers and name not in solved:
-            continue
-        if f"(solutions/{name}.ipynb)" not in exercises:
-            found.append(f"the exercises of {path.stem} do not link to solutions/{name}.ipynb")
-        if name not in solved:
-            found.append(f"{path.stem} has exercises but no solutions notebook")
-            continue
-        titles = [t for t, _ in _sections(Sheet(solved.pop(name), root).prose)]
-        for number in numbers:
-            if not any(re.match(rf"(Exercise )?{number}\b", title) for title in titles):
-                found.append(f"{name} has no section 'Exercise {number}'")
-    return found + [f"{name} belongs to no notebook" for name in sorted(solved)]
-
-
-def no_orphan_figures(root: Path) -> list[str]:
-    """A figure in figures/ that bears a notebook's number is drawn by that number's notebooks."""
-    drawn: dict[str, set] = {}
-    for path in [*notebooks(root), *solutions(root)]:
-        sheet = Sheet(path, root)
-        drawn.setdefault(sheet.number, set()).update(saved_figures(sheet))
-    return [
-        f"figures/{p.name} is drawn by no notebook {p.stem.split('_')[0]}"
-        for p in sorted((root / "figures").glob("*.png"))
-        if p.stem.split("_")[0] in drawn and p.stem not in drawn[p.stem.split("_")[0]]
-    ]
-
-
-def parameter_sets_fit(root: Path) -> list[str]:
-    """Every section of notebooks/params/*.yaml names a notebook, and its parameters are that
-    notebook's, of the right types."""
-    import yaml
-
-    from lora_kit.errors import LoraKitError
-
-    found = []
-    paths = {p.stem: p for p in [*notebooks(root), *solutions(root)]}
-    for file in sorted((root / "notebooks" / "params").glob("*.yaml")):
-        for key, value in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).items():
-            if not isinstance(value, dict):
-                found.append(f"{file.name}: {key} stands outside any notebook's section")
-            elif key not in paths:
-                found.append(f"{file.name}: no notebook is called {key}")
-            else:
-                try:
-                    runner.check_parameters(paths[key], value)
-                except LoraKitError as e:
-                    found.append(f"{file.name}, {key}: {e}")
-    return found
-
-
-SHARED = ("MODEL", "STEPS", "SECOND_STEPS", "SEED")
-
-
-def shared_parameters_agree(root: Path) -> list[str]:
-    """03, 04, 05 and their solutions reuse one another's adapters: the parameters that shape an
-    adapter have the same value wherever they stand, as defaults and in the smoke set; and the
-    default steps are the recipes'."""
-    import yaml
-
-    from lora_kit.train.recipes import RECIPES
-
-    found = []
-    sheets = [p for p in [*notebooks(root), *solutions(root)] if p.stem[:2] in ("03", "04", "05")]
-    smoke = root / "notebooks" / "params" / "smoke.yaml"
-    overrides = (yaml.safe_load(smoke.read_text(encoding="utf-8")) or {}) if smoke.exists() else {}
-    for label, sets in (("default", {}), ("smoke", overrides)):
-        for parameter in SHARED:
-            values = {}
-            for path in sheets:
-                known = {**runner.notebook_parameters(path), **sets.get(path.stem, {})}
-                if parameter in known:
-                    values[path.stem] = known[parameter]
-            if len(set(values.values())) > 1:
-                found.append(f"{parameter} differs ({label}): {values}")
-            recipe = {"STEPS": "addition", "SECOND_STEPS": "reversal"}.get(parameter)
-            if label == "default" and recipe and values:
-                steps = RECIPES[recipe].spec.steps
-                if set(values.values()) != {steps}:
-                    found.append(f"{parameter} is not the {recipe} recipe's {steps}: {values}")
-    return found
-
-
-TEXT_FILES = {".md", ".toml", ".yml", ".yaml", ".py", ".cff", ".txt", ".ipynb", ".html"}
-SKIPPED = {".venv", ".git", "runs", "build", ".pytest_cache", ".ruff_cache", ".hypothesis"}
-
-
-def _text_files(root: Path) -> Iterator[Path]:
-    for folder, inside, files in os.walk(root):
-        inside[:] = sorted(d for d in inside if d not in SKIPPED and not d.endswith(".egg-info"))
-        yield from (Path(folder, f) for f in sorted(files) if Path(f).suffix in TEXT_FILES)
-
-
-def one_address(root: Path) -> list[str]:
-    """Wherever this repository is named on GitHub or Colab, it is project.urls' Repository."""
-    owner_and_name = repository_url(root).removeprefix("https://github.com/")
-    name = owner_and_name.split("/")[1]
-    pattern = re.compile(
-        rf"(?:github\.com|research\.google\.com/github|githubusercontent\.com)/([\w.-]+/{name})\b"
-    )
-    colab = re.compile(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+?)/blob")
-    found = []
-    for file in _text_files(root):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        named = set(pattern.findall(text)) | set(colab.findall(text))
-        for other in sorted(named - {owner_and_name}):
-            found.append(f"{file.relative_to(root)} names {other}, not {owner_and_name}")
-    return found
-
-
-CHECKOUT_CHECKS = (
-    solutions_match,
-    no_orphan_figures,
-    parameter_sets_fit,
-    shared_parameters_agree,
-    one_address,
-)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import sheets
 import style
 from nbformat.v4 import new_code_cell, new_notebook
-from style import Sheet
+from sheets import Sheet
 
 from lora_kit.errors import BadInputError, RunFailedError, UnknownNameError
 from lora_kit.models import DEFAULT_MODEL, fetch_model
@@ -24,7 +25,7 @@ from lora_kit.studies import runner
 from lora_kit.studies.records import Metric, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
-COURSE = [p.stem for p in style.notebooks(ROOT)]
+COURSE = [p.stem for p in sheets.notebooks(ROOT)]
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, str]:
@@ -50,7 +51,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     # The set comes from the call: one left in the environment must not win over it.
     monkeypatch.setenv("LORA_KIT_PARAMS", "no-such-set")
     sheet = Sheet(ROOT / "notebooks" / f"{name}.ipynb", ROOT)
-    figures = style.saved_figures(sheet)
+    figures = sheets.saved_figures(sheet)
     source, committed = sheet.path.read_bytes(), checksums(ROOT / "figures", figures)
 
     done = runner.run_notebook(name, parameter_file="smoke", output=tmp_path / "out")

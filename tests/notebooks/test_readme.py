@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import sheets
 import style
 import typer
 
@@ -166,14 +167,14 @@ def check_conda(words: list[str]) -> list[str]:
 
 
 def check_git(words: list[str]) -> list[str]:
-    url = style.repository_url(ROOT)
+    url = sheets.repository_url(ROOT)
     if words[:1] == ["clone"] and words[-1].removesuffix(".git") == url:
         return []
     return [f"git {shlex.join(words)} does not clone {url}"]
 
 
 def check_cd(words: list[str]) -> list[str]:
-    cloned = style.repository_url(ROOT).rsplit("/", 1)[1]
+    cloned = sheets.repository_url(ROOT).rsplit("/", 1)[1]
     return [] if words == [cloned] else check_paths(words)
 
 

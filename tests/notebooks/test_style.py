@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import checkout_style
 import nbformat
 import pytest
+import sheets
 import style
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from style import Sheet
+from sheets import Sheet
 
 ROOT = Path(__file__).resolve().parents[2]
-COURSE = [Sheet(p, ROOT) for p in style.notebooks(ROOT)]
-SOLUTIONS = [Sheet(p, ROOT) for p in style.solutions(ROOT)]
+COURSE = [Sheet(p, ROOT) for p in sheets.notebooks(ROOT)]
+SOLUTIONS = [Sheet(p, ROOT) for p in sheets.solutions(ROOT)]
 
 
 def named(check):
@@ -40,7 +42,7 @@ def test_solutions(sheet, check):
     assert check(sheet) == []
 
 
-@pytest.mark.parametrize("check", style.CHECKOUT_CHECKS, ids=named)
+@pytest.mark.parametrize("check", checkout_style.CHECKOUT_CHECKS, ids=named)
 def test_checkout(check):
     assert check(ROOT) == []
 
@@ -51,7 +53,7 @@ def test_readme_badge():
     for link in style.LINK.findall(text):
         if "colab.research.google.com/github" in link:
             place = link.split("/blob/main/")[-1]
-            assert link == style.colab_link(ROOT, place)
+            assert link == sheets.colab_link(ROOT, place)
             assert (ROOT / place).is_file(), link
 
 
@@ -69,7 +71,7 @@ def opening_cell(root: Path, name: str) -> str:
     return "\n".join(
         [
             f"# {name[:2]} · A title",
-            style.badge(root, f"notebooks/{name}.ipynb"),
+            sheets.badge(root, f"notebooks/{name}.ipynb"),
             "**Question:** does it work?",
             "**You will know** that it does.",
             "**You need** nothing.",
@@ -92,7 +94,7 @@ def good_notebook(root: Path, name: str = "03_good"):
         new_markdown_cell(opening_cell(root, name)),
         new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
         new_markdown_cell("Set-up."),
-        new_code_cell(style.setup_cell(root, name)),
+        new_code_cell(sheets.setup_cell(root, name)),
         new_markdown_cell("Use and draw."),
         new_code_cell(USE, outputs=[new_output("stream", name="stdout", text="tiny 80 30\n")]),
         new_code_cell(DRAW),
@@ -139,7 +141,7 @@ def test_good_notebook_passes(checkout):
     assert {named(c): c(sheet) for c in style.COURSE_CHECKS if c(sheet)} == {}
     solved = Sheet(checkout / "notebooks" / "solutions" / "03_good_solutions.ipynb", checkout)
     assert {named(c): c(solved) for c in style.SOLUTION_CHECKS if c(solved)} == {}
-    assert {named(c): c(checkout) for c in style.CHECKOUT_CHECKS if c(checkout)} == {}
+    assert {named(c): c(checkout) for c in checkout_style.CHECKOUT_CHECKS if c(checkout)} == {}
 
 
 def source(cell, new):
@@ -331,29 +333,33 @@ def test_solution_title_is_caught(checkout):
 
 def test_solutions_without_a_notebook_are_caught(checkout):
     write(checkout, good_solutions(checkout), "solutions/07_gone_solutions")
-    assert style.solutions_match(checkout) == ["07_gone_solutions belongs to no notebook"]
+    assert checkout_style.solutions_match(checkout) == ["07_gone_solutions belongs to no notebook"]
 
 
 def test_missing_solutions_are_caught(checkout):
     nb = good_notebook(checkout)
     nb.cells[-1].source = nb.cells[-1].source.replace("2. And again.", "2. On.\n3. And on.")
     write(checkout, nb)
-    assert style.solutions_match(checkout) == ["03_good_solutions has no section 'Exercise 3'"]
+    assert checkout_style.solutions_match(checkout) == [
+        "03_good_solutions has no section 'Exercise 3'"
+    ]
     (checkout / "notebooks" / "solutions" / "03_good_solutions.ipynb").unlink()
-    assert "no solutions notebook" in style.solutions_match(checkout)[0]
+    assert "no solutions notebook" in checkout_style.solutions_match(checkout)[0]
 
 
 def test_unlinked_solutions_are_caught(checkout):
     nb = good_notebook(checkout)
     swap(-1, "(solutions/", "(elsewhere/")(nb)
     write(checkout, nb)
-    assert "do not link" in style.solutions_match(checkout)[0]
+    assert "do not link" in checkout_style.solutions_match(checkout)[0]
 
 
 def test_orphan_figure_is_caught(checkout):
     (checkout / "figures" / "03_old.png").write_bytes(b"png")
     (checkout / "figures" / "banner.png").write_bytes(b"png")
-    assert style.no_orphan_figures(checkout) == ["figures/03_old.png is drawn by no notebook 03"]
+    assert checkout_style.no_orphan_figures(checkout) == [
+        "figures/03_old.png is drawn by no notebook 03"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +373,7 @@ def test_orphan_figure_is_caught(checkout):
 )
 def test_bad_parameter_set_is_caught(checkout, text, complaint):
     (checkout / "notebooks" / "params" / "t4.yaml").write_text(text)
-    (found,) = style.parameter_sets_fit(checkout)
+    (found,) = checkout_style.parameter_sets_fit(checkout)
     assert complaint in found
 
 
@@ -377,13 +383,13 @@ def test_disagreeing_defaults_are_caught(checkout, name):
     old = {"MODEL": '"tiny"', "STEPS": "80", "SECOND_STEPS": "30"}[name]
     swap(1, old, '"other"' if name == "MODEL" else "31")(nb)
     write(checkout, nb, "05_other")
-    complaints = style.shared_parameters_agree(checkout)
+    complaints = checkout_style.shared_parameters_agree(checkout)
     assert any(c.startswith(f"{name} differs (default)") for c in complaints)
 
 
 def test_disagreeing_smoke_set_is_caught(checkout):
     write(checkout, good_notebook(checkout, "05_other"), "05_other")
-    (found,) = style.shared_parameters_agree(checkout)
+    (found,) = checkout_style.shared_parameters_agree(checkout)
     assert found.startswith("STEPS differs (smoke)")
 
 
@@ -392,7 +398,7 @@ def test_steps_that_are_not_the_recipes_are_caught(checkout):
         nb = good_notebook(checkout)
         swap(1, "STEPS = 80", "STEPS = 81")(nb)
         write(checkout, nb, name)
-    (found,) = style.shared_parameters_agree(checkout)
+    (found,) = checkout_style.shared_parameters_agree(checkout)
     assert found.startswith("STEPS is not the addition recipe's 80")
 
 
@@ -408,9 +414,9 @@ def test_steps_that_are_not_the_recipes_are_caught(checkout):
 def test_another_address_is_caught(checkout, before, slug, after):
     readme = checkout / "README.md"
     readme.write_text(before + slug + after)
-    assert style.one_address(checkout) == [f"README.md names {slug}, not an-owner/kit"]
+    assert checkout_style.one_address(checkout) == [f"README.md names {slug}, not an-owner/kit"]
     readme.write_text(f"{before}an-owner/kit{after}, and https://github.com/huggingface/peft")
-    assert style.one_address(checkout) == []
+    assert checkout_style.one_address(checkout) == []
 
 
 def test_every_check_has_a_notebook_that_it_catches():
