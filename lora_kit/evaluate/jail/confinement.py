@@ -160,7 +160,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
 def become(user: int) -> None:
     """Become a user who owns nothing, for good; from root only.
 
-    Python's library may lie where only root looks (/root/.pyenv). Then the right to read what
+    Python's library may lie where only root looks (its own home). Then the right to read what
     others may not is kept, and Landlock, which must have been found, bounds what it reaches.
     """
     closed = [path for path in library_folders() if not _open_to_all(path)]
