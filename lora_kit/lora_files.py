@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import nn
 
@@ -208,11 +209,14 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and header, read into memory and not mapped: a mapped file that somebody shortens
+    later ends the whole process (SIGBUS), and one that is overwritten changes the tensors."""
+    data = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, ValueError, RuntimeError) as error:
+        tensors = load_tensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return tensors, dict(header.get("__metadata__") or {})
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise CorruptFileError(
             f"{path} is not a whole safetensors file ({error}): copy or download it again."
         ) from None

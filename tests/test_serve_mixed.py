@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
-from lora_fixtures import PLACEMENTS, close, tiny_llama
+from lora_fixtures import close
+from serve_models import llama, make_adapter
 
 from lora_kit.errors import BadInputError, UnknownNameError
-from lora_kit.lora import LoraSpec, add_lora, load_lora, lora_layers, read_adapter, save_lora
+from lora_kit.lora import LoraSpec, add_lora, load_lora, read_adapter
 from lora_kit.lora_base import keep_from_repacking
 from lora_kit.lora_targets import linear_layers
 from lora_kit.serve.mixed import PLANS_KEPT, MixedLora
@@ -41,22 +42,6 @@ MIXES = [
     ["all4d", "all4c", "all4b", "all4"],
     ["all4", "all4", "all4b", "all4b"],
 ]
-
-
-def llama(seed=0):
-    """Wide enough for blocks of 64, which bitsandbytes' kernel wants."""
-    return tiny_llama(seed, hidden_size=64, intermediate_size=128)
-
-
-def make_adapter(folder, rank, targets, seed, base=0, **options):
-    targets = PLACEMENTS.get(targets, targets) if isinstance(targets, str) else targets
-    model = add_lora(llama(base), LoraSpec(rank, 8, targets, **options), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in lora_layers(model).values():
-        with torch.no_grad():
-            noise = torch.randn(layer.lora_B["default"].shape, generator=generator)
-            layer.lora_B["default"].add_(noise * 0.3)
-    return save_lora(model, folder)
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_kit.errors import BadInputError, BusyError, LoraKitError, unknown_name
+from lora_kit.errors import BadInputError, BusyError, LoraKitError
 from lora_kit.serve.decoder import Decoder, draw
-from lora_kit.serve.handle import Finished, Handle, Request
+from lora_kit.serve.handle import Finished, Handle, Request, check_request
 from lora_kit.serve.pool import AdapterPool
 from lora_kit.serve.text import TextStream, end_tokens
 
 __all__ = ["Engine", "Finished", "Handle", "Request"]
 
 PREFILL_TOKENS = 512  # prompts read between two tokens of the others, unless one alone is longer
+PATIENCE_SECONDS = 5.0  # after so long a request that finds no room holds up those behind it
 POLL_SECONDS = 0.005  # how often the engine looks whether an adapter has been read
 
 
@@ -78,6 +79,7 @@ class Engine:
         self.longest = min(max_tokens_total, own)
         self.decoder = Decoder(model, pool.mixed)
         self._ends = end_tokens(model, tokenizer)
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._rows: list[_Row] = []
         self._queues: dict[str | None, deque[Handle]] = {}
         self._waiting = 0
@@ -125,7 +127,9 @@ class Engine:
             BadInputError: no prompt, one that is too long, or a value out of range;
             UnknownNameError: no such adapter; BusyError: as many wait as may wait.
         """
-        ids = self._check(request)
+        ids = check_request(
+            request, self.tokenizer, self._vocabulary, self.longest, self.pool.names()
+        )
         handle = Handle(request, ids)
         with self._wake:
             if self._stopping:
@@ -153,37 +157,6 @@ class Engine:
             **self.pool.stats(),
         }
 
-    def _check(self, request: Request) -> list[int]:
-        from lora_kit.prompts import prompt_ids
-
-        if (request.prompt is None) == (request.prompt_ids is None):
-            raise BadInputError("A request needs a prompt or prompt_ids, one of them.")
-        ids = request.prompt_ids
-        if ids is None:
-            ids = prompt_ids(self.tokenizer, request.prompt)
-        ids = [int(i) for i in ids]
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-            raise BadInputError(
-                "The prompt is empty."
-                if not ids
-                else f"A token of the prompt is not among the {vocabulary:,} of the vocabulary."
-            )
-        if request.max_tokens < 1:
-            raise BadInputError(f"max_tokens must be at least 1, not {request.max_tokens}.")
-        if len(ids) + request.max_tokens > self.longest:
-            raise BadInputError(
-                f"The prompt has {len(ids):,} tokens and max_tokens is {request.max_tokens:,}; "
-                f"together they may be {self.longest:,}."
-            )
-        if not 0 <= request.temperature < float("inf"):
-            raise BadInputError(f"temperature must be 0 or more, not {request.temperature}.")
-        if request.deadline_s is not None and not request.deadline_s > 0:
-            raise BadInputError(f"deadline_s must be above 0, not {request.deadline_s}.")
-        if request.adapter is not None and request.adapter not in self.pool.names():
-            raise unknown_name("adapter", request.adapter, self.pool.names())
-        return ids
-
     # ------------------------------------------------------------------ the engine's thread
     def _run(self) -> None:
         while True:
@@ -202,8 +175,12 @@ class Engine:
                 elif not joined:
                     time.sleep(POLL_SECONDS)  # all that wait, wait for their adapter
             except Exception as e:  # a fault of the engine's own: nobody may wait for ever
-                for row in list(self._rows):
-                    self._end(row, "error", f"The engine failed: {type(e).__name__}.", spoiled=True)
+                told = f"The engine failed: {_told(e)}."
+                rows = list(self._rows)
+                for row in rows:
+                    self._end(row, "error", told, spoiled=True)
+                for handle in [] if rows else self._take_waiting(lambda _: True):
+                    self._end_waiting(handle, "error", told)
         for row in list(self._rows):
             self._end(row, "cancelled")
         for handle in self._take_waiting(lambda _: True):
@@ -235,12 +212,13 @@ class Engine:
                     head is None
                     or rows > self.max_rows
                     or (joining and tokens + len(head.prompt_ids) > PREFILL_TOKENS)
-                    or (
-                        rows > 1
-                        and rows * max(longest, _whole_length(head)) > self.max_tokens_total
-                    )
                 ):
                     skipped.add(adapter)
+                    continue
+                if rows > 1 and rows * max(longest, _whole_length(head)) > self.max_tokens_total:
+                    # Short ones may pass a long one that finds no room, but not for ever.
+                    late = time.perf_counter() - head.submitted > PATIENCE_SECONDS
+                    skipped |= set(adapters) if late else {adapter}
                     continue
                 key = self._acquire(adapter)
                 if key is False:
@@ -270,9 +248,10 @@ class Engine:
             return self.pool.acquire(adapter) or False
         except BusyError:
             return False
-        except LoraKitError as e:
+        except Exception as e:  # not the kit's own alone: memory may be short, too
+            told = str(e) if isinstance(e, LoraKitError) else _told(e)
             for handle in self._take_waiting(lambda h: h.request.adapter == adapter):
-                self._end_waiting(handle, "error", str(e))
+                self._end_waiting(handle, "error", told)
             return False
 
     def _prefill(self, joining: list[tuple[Handle, str | None]]) -> None:
@@ -350,7 +329,7 @@ class Engine:
         """Add a token to a row's answer; end the row where it ends."""
         if row.first is None:
             row.first = time.perf_counter()
-        if token in self._ends:
+        if token in self._ends and not row.handle.request.ignore_eos:
             self._end(row, "stop")
             return
         row.ids.append(token)

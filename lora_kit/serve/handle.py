@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+
+from lora_kit.errors import BadInputError, unknown_name
 
 REASONS = ("stop", "length", "cancelled", "deadline", "error")
 
@@ -18,7 +20,8 @@ class Request:
     prompt or prompt_ids: a text, or its tokens. adapter: its name in the pool, None for the base.
     max_tokens: at most so many. stop: texts that end the answer and are left out of it. deadline_s:
     seconds from being submitted. temperature: 0 takes the likeliest token; above, tokens are drawn
-    by `seed` (None: a new one each time).
+    by `seed` (None: a new one each time). ignore_eos: for measuring; the token that ends answers
+    ends none, so that max_tokens are written.
     """
 
     prompt: str | None = None
@@ -29,6 +32,50 @@ class Request:
     deadline_s: float | None = None
     temperature: float = 0.0
     seed: int | None = None
+    ignore_eos: bool = False
+
+
+def check_request(
+    request: Request, tokenizer, vocabulary: int, longest: int, adapters: Collection[str]
+) -> list[int]:
+    """The tokens of a request's prompt, where everything in it is in range.
+
+    Args:
+        vocabulary: tokens the model knows. longest: tokens of prompt and answer together.
+        adapters: the names there are.
+
+    Raises:
+        BadInputError: no prompt, one that is too long, or a value out of range;
+        UnknownNameError: no such adapter.
+    """
+    from lora_kit.prompts import prompt_ids
+
+    if (request.prompt is None) == (request.prompt_ids is None):
+        raise BadInputError("A request needs a prompt or prompt_ids, one of them.")
+    ids = request.prompt_ids
+    if ids is None:
+        ids = prompt_ids(tokenizer, request.prompt)
+    ids = [int(i) for i in ids]
+    if not ids:
+        raise BadInputError("The prompt is empty.")
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        raise BadInputError(
+            f"A token of the prompt is not among the {vocabulary:,} of the vocabulary."
+        )
+    if request.max_tokens < 1:
+        raise BadInputError(f"max_tokens must be at least 1, not {request.max_tokens}.")
+    if len(ids) + request.max_tokens > longest:
+        raise BadInputError(
+            f"The prompt has {len(ids):,} tokens and max_tokens is {request.max_tokens:,}; "
+            f"together they may be {longest:,}."
+        )
+    if not 0 <= request.temperature < float("inf"):
+        raise BadInputError(f"temperature must be 0 or more, not {request.temperature}.")
+    if request.deadline_s is not None and not request.deadline_s > 0:
+        raise BadInputError(f"deadline_s must be above 0, not {request.deadline_s}.")
+    if request.adapter is not None and request.adapter not in adapters:
+        raise unknown_name("adapter", request.adapter, adapters)
+    return ids
 
 
 @dataclass(frozen=True)
