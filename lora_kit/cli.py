@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_kit.errors import BadInputError, LoraKitError, NotAvailableError
+from lora_kit.studies import sweep_command
 
 app = typer.Typer(
     name="lora-kit",
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 export_app = typer.Typer(help="Write what other servers need.", no_args_is_help=True)
 app.add_typer(export_app, name="export")
+app.command("sweep")(sweep_command.sweep)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_kit.errors import CorruptFileError, DiskSpaceError, NotAvailableError
+from lora_kit.errors import BusyError, CorruptFileError, DiskSpaceError, NotAvailableError
 
 GIB = 2**30
 
@@ -164,10 +164,24 @@ def sweep(path: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """One process at a time for `path`; the operating system frees the lock of a dead process."""
-    from filelock import FileLock
+def lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """One process at a time for `path`; the operating system frees the lock of a dead process.
+
+    Raises:
+        BusyError: another process holds it, and wait is False.
+    """
+    from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{path.name}.lock"):
+    held = FileLock(path.parent / f".{path.name}.lock", timeout=-1 if wait else 0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise BusyError(
+            f"Another process is at work in {path}; wait until it has ended, or name another "
+            "folder."
+        ) from None
+    try:
         yield
+    finally:
+        held.release()

@@ -135,6 +135,23 @@ def estimate(scores: Sequence[float], confidence: float = CONFIDENCE, seed: int 
     return Estimate(float(values.mean()), standard_error(values), low, high, len(values))
 
 
+def over_runs(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of a few independent runs (one value a seed) with Student's t interval:
+    mean ± t(n − 1)·s/√n, s with n − 1 below. Of a single run the interval is its value.
+
+    For runs, whose values are about normal however few they are; items are `estimate`'s.
+
+    Raises:
+        BadInputError: no values, or one that is not a finite number.
+    """
+    from scipy.stats import t
+
+    found, error = _checked(values, "values"), standard_error(values)
+    mean, n = float(found.mean()), len(found)
+    half = 0.0 if error is None else float(t.ppf((1 + _confidence(confidence)) / 2, n - 1)) * error
+    return Estimate(mean, error, mean - half, mean + half, n)
+
+
 def mcnemar(base: Sequence[float], tuned: Sequence[float]) -> McNemar:
     """McNemar's exact test of two systems on the same items (1947).
 

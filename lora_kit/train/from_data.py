@@ -98,7 +98,7 @@ def finetune_from(
         )
     scores = None
     if test:
-        scores = (*_losses(model, result, test), len(test))
+        scores = (*losses_of(model, result, test), len(test))
         print(f"held-out loss {scores[0]:.3f} → {scores[1]:.3f} over {scores[2]} rows")
     write_card(model, result, scores)
     minutes = result.seconds / 60
@@ -115,7 +115,7 @@ def finetune_from(
     return replace(result, train=rows, test=test)
 
 
-def _losses(model: str, result: TrainResult, test) -> tuple[float, float]:
+def losses_of(model: str, result: TrainResult, test) -> tuple[float, float]:
     """Held-out loss of the bare base and with the adapter as it was read back from disk."""
     import torch
 
