@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+NAME = "smollm2-135m-instruct"
 # Eight subjects of different areas and lengths.
 SUBJECTS = (
     *("college_computer_science", "astronomy", "professional_accounting", "philosophy"),
@@ -77,13 +78,9 @@ def main() -> None:
 
 
 def load(args, scratch: Path):
-    from lora_kit.models import _convert_gguf, load_model
+    from lora_kit.models import load_model, unpacked
 
-    folder = args.model or "smollm2-135m-instruct"
-    ggufs = sorted(Path(args.model).glob("*.gguf")) if args.model else []
-    if ggufs:
-        folder = str(scratch / "smollm2-135m-instruct")
-        _convert_gguf(ggufs[0], Path(folder))
+    folder = str(unpacked(args.model, scratch / NAME)) if args.model else NAME
     dtype = "float32" if args.device == "cpu" else "float16"
     return load_model(folder, dtype, device=args.device)
 

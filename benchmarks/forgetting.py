@@ -1,7 +1,7 @@
 """What Alpaca makes a model forget: the records that notebook 06 reads.
 
-    python benchmarks/forgetting.py --device cuda --jobs 8      # one GPU, five minutes
-    python benchmarks/forgetting.py --quick                     # a CPU: the same road, tiny
+    python benchmarks/forgetting.py --device cuda --jobs 8 --budget 540  # one GPU, nine minutes
+    python benchmarks/forgetting.py --quick                              # a CPU: all of it, tiny
 
 Three parts, chosen with `--part teach,map,standard`:
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import threading
@@ -33,16 +32,9 @@ from queue import Empty, Queue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-NAME = "smollm2-135m-instruct"
-STUDY = "06_forgetting"
+from lora_kit.studies.forgetting_jobs import NAME, STUDY, TASKS
+
 PARTS = ("teach", "map", "standard")
-TASKS = {"gsm8k": None, "mmlu": 5, "hellaswag": None}  # shots; None: the task's own. Longest first
-BATCH = {"gsm8k": 256, "mmlu": 64, "hellaswag": 64}  # where the fast model does not choose
-STANDARD_ROWS = 2000
-FULL = {"train": 4000, "test": 500, "teach_steps": 300, "teach_batch": 64, "rounds": 3}
-FULL |= {"alpaca": 1.0, "held_out": 200, "limit": None}
-QUICK = {"train": 64, "test": 8, "teach_steps": 2, "teach_batch": 4, "rounds": 1}
-QUICK |= {"alpaca": 0.01, "held_out": 4, "limit": 2}
 
 
 def arguments() -> argparse.Namespace:
@@ -143,18 +135,9 @@ def folder_of(args, name: str) -> Path:
 
 def prepare(args) -> str:
     """The folder of the default model, under the model's own name."""
-    from lora_kit.models import _convert_gguf, fetch_model
+    from lora_kit.models import unpacked
 
-    ggufs = sorted(Path(args.model).glob("*.gguf")) if args.model else []
-    if not ggufs:
-        return str(fetch_model(args.model or NAME).path)
-    folder = args.work / NAME
-    if not folder.exists():
-        from lora_kit import store
-
-        with store.new_folder(folder) as part:
-            _convert_gguf(ggufs[0], part)
-    return str(folder)
+    return str(unpacked(args.model or NAME, args.work / NAME))
 
 
 class Worker:
@@ -251,16 +234,21 @@ def work(options: dict) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)  # a T4 has no fused attention of cuDNN either
     import gc
     import traceback
+    from dataclasses import replace
+
+    from lora_kit.studies.forgetting_jobs import QUICK, Scale, Setting, run_job
 
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print belongs into the log
-    scale = dict(QUICK if options["quick"] else FULL)
+    scale = QUICK if options["quick"] else Scale()
     if options["teach_steps"]:
-        scale["teach_steps"] = options["teach_steps"]
+        scale = replace(scale, teach_steps=options["teach_steps"])
+    folders = Path(options["out"]), Path(options["work"])
+    setting = Setting(options["model"], *folders, options["device"], scale)
     for line in sys.stdin:
         job = json.loads(line)
         print(f"--- {job['name']}", flush=True)
         try:
-            said = {"line": KINDS[job["kind"]](job, options, scale)}
+            said = {"line": run_job(job, setting)}
         except Exception as error:  # a cell that fails must not take the others with it
             traceback.print_exc()
             said = {"failed": f"{type(error).__name__}: {error}"}
@@ -269,203 +257,6 @@ def work(options: dict) -> None:
             torch.cuda.empty_cache()
         answers.write(json.dumps(said) + "\n")
         answers.flush()
-
-
-def command_of(options: dict, part: str, **values) -> str:
-    words = ["python", "benchmarks/forgetting.py", "--device", options["device"], "--part", part]
-    words += [w for k, v in values.items() for w in (f"--{k}", str(v))]
-    return shlex.join(words + (["--quick"] if options["quick"] else []))
-
-
-def alpaca_rows(scale: dict):
-    from lora_kit.data import load_rows
-
-    return load_rows("alpaca", "train", limit=5000)
-
-
-def material_of(seed: int, scale: dict, alpaca: bool = True):
-    from lora_kit.studies.forgetting import SKILLS
-    from lora_kit.studies.forgetting_cells import skill_material, with_alpaca
-
-    made = skill_material(SKILLS, scale["train"], scale["test"], seed)
-    return with_alpaca(made, alpaca_rows(scale), scale["held_out"]) if alpaca else made
-
-
-def scaled(cell, scale: dict):
-    from dataclasses import replace
-
-    return replace(cell, rows=max(4, round(cell.rows * scale["alpaca"])))
-
-
-def teach_job(job: dict, options: dict, scale: dict) -> str:
-    """Teach, then ask: as taught, and with the weights through NF4."""
-    from dataclasses import replace
-
-    from lora_kit import store
-    from lora_kit.evaluate.statistics import estimate
-    from lora_kit.models import load_model
-    from lora_kit.studies.forgetting import Cell, to_bits
-    from lora_kit.studies.forgetting_cells import (
-        TEACHING,
-        alpaca_loss,
-        quantised,
-        score_all,
-        teach,
-        tuning_spec,
-    )
-    from lora_kit.studies.records import new_record, write_record
-
-    started, seed = time.perf_counter(), job["seed"]
-    folder = Path(options["work"]) / job["name"]
-    material = material_of(seed, scale)
-    spec = replace(TEACHING, seed=seed, steps=scale["teach_steps"], batch_size=scale["teach_batch"])
-    told = teach(options["model"], folder, material, spec, rounds=scale["rounds"])
-    plain = load_model(str(folder))
-    found = {"taught": score_all(plain.model, plain.tokenizer, material)}
-    model, tokenizer = quantised(folder)
-    found["nf4"] = score_all(model, tokenizer, material)
-    losses = tuning_spec(Cell())
-    loss = alpaca_loss(model, tokenizer, material.held_out, losses)
-    metrics: dict = {"alpaca_loss_nf4": loss}
-    metrics["alpaca_loss_taught"] = alpaca_loss(
-        plain.model, plain.tokenizer, material.held_out, losses
-    )
-    items = []
-    for which, skills in found.items():
-        for skill, (*judged, _) in skills.items():
-            for judge, scores in zip(("strict", "flexible"), judged, strict=True):
-                metrics[f"{skill}_{judge}_{which}"] = estimate(scores).to_metric()
-                items.append(
-                    {"skill": skill, "judge": judge, "model": which, "scores": to_bits(scores)}
-                )
-    record = new_record(
-        STUDY,
-        command_of(options, "teach", seeds=seed),
-        parameters={"part": "teach", "recipe": spec.to_dict(), "rows": scale["train"]},
-        metrics=metrics,
-        tables={"rounds": told["rounds"], "items": items},
-        seed=seed,
-        seconds=time.perf_counter() - started,
-        model={**plain.record(), "name": NAME},
-    )
-    store.write_json(folder / "before.json", {"scores": found["nf4"], "loss": loss})
-    write_record(record, Path(options["out"]) / f"{job['name']}.json")
-    return ", ".join(
-        f"{skill} {metrics[f'{skill}_strict_taught']['value']:.3f}"
-        f" (nf4 {metrics[f'{skill}_strict_nf4']['value']:.3f})"
-        for skill in found["nf4"]
-    )
-
-
-def cell_job(job: dict, options: dict, scale: dict) -> str:
-    from lora_kit import store
-    from lora_kit.studies.forgetting import Cell
-    from lora_kit.studies.forgetting_cells import run_cell
-    from lora_kit.studies.records import write_record
-
-    cell = Cell(**{**job["cell"], "skills": tuple(job["cell"]["skills"])})
-    folder = Path(options["work"]) / job["needs"]
-    before = store.read_json(folder / "before.json")
-    record = run_cell(
-        folder,
-        scaled(cell, scale),
-        material_of(cell.seed, scale),
-        before["scores"],
-        command_of(options, "map", seeds=cell.seed),
-        before["loss"],
-        say=lambda text: print(text, flush=True),
-    )
-    write_record(record, Path(options["out"]) / f"{job['name']}.json")
-    words = [f"loss {record.metrics['alpaca_loss_after']:.3f}"]
-    for skill in cell.skills:
-        a, b = (record.metrics[f"{skill}_strict_{when}"].value for when in ("before", "after"))
-        words.append(f"{skill} {a:.3f} -> {b:.3f}")
-    return ", ".join(words)
-
-
-def tune_job(job: dict, options: dict, scale: dict) -> str:
-    """The untaught model after the paper's recipe, merged and saved for the evaluations."""
-    from lora_kit import store
-    from lora_kit.studies.forgetting import Cell
-    from lora_kit.studies.forgetting_cells import (
-        Material,
-        alpaca_loss,
-        mixed_rows,
-        save_plain,
-        tune,
-        tuning_spec,
-        with_alpaca,
-    )
-
-    cell = scaled(Cell(skills=(), rows=STANDARD_ROWS, seed=job["seed"]), scale)
-    material = with_alpaca(Material({}, {}), alpaca_rows(scale), scale["held_out"])
-    rows, spec = mixed_rows(material, cell), tuning_spec(cell)
-    done = tune(options["model"], rows, spec)
-    facts = {"steps": done.steps, "seconds": done.seconds, "tokens": done.tokens}
-    facts["alpaca_loss"] = alpaca_loss(done.model, done.tokenizer, material.held_out, spec)
-    with store.new_folder(Path(options["work"]) / job["name"]) as folder:
-        save_plain(done.model, done.tokenizer, folder)
-        facts |= {"recipe": spec.to_dict(), "data": rows.record(), "peak": done.peak_memory}
-        store.write_json(folder / "facts.json", facts)
-    return f"{done.steps} steps in {done.seconds:.0f} s, Alpaca loss {facts['alpaca_loss']:.3f}"
-
-
-def quantise_job(job: dict, options: dict, scale: dict) -> str:
-    from lora_kit import store
-    from lora_kit.studies.forgetting_cells import quantised, save_plain
-
-    model, tokenizer = quantised(options["model"])
-    with store.new_folder(Path(options["work"]) / job["name"]) as folder:
-        save_plain(model, tokenizer, folder)
-        store.write_json(folder / "facts.json", {})
-    return "weights through NF4"
-
-
-def evaluate_job(job: dict, options: dict, scale: dict) -> str:
-    from lora_kit import store
-    from lora_kit.evaluate import evaluate
-    from lora_kit.models import load_model
-    from lora_kit.studies.forgetting_tasks import task_record
-    from lora_kit.studies.records import write_record
-
-    folder = Path(options["work"]) / job["needs"] if job["needs"] else Path(options["model"])
-    loaded = load_model(str(folder))
-    compile_templates_once()
-    shots = TASKS[job["task"]]
-    found = evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        job["task"],
-        limit=scale["limit"],
-        batch_size=(BATCH if options["device"] == "cuda" else {}).get(job["task"], 4),
-        **({} if shots is None else {"num_fewshot": shots}),
-    )
-    facts = store.read_json(folder / "facts.json") if job["needs"] else {}
-    record = task_record(
-        found,
-        job["task"],
-        job["which"],
-        command_of(options, "standard", tasks=job["task"]),
-        facts,
-        {**loaded.record(), "name": NAME if job["which"] == "base" else f"{NAME}, {job['which']}"},
-    )
-    write_record(record, Path(options["out"]) / f"{job['name']}.json")
-    values = {k: v.value for k, v in record.metrics.items() if hasattr(v, "value")}
-    return ", ".join(f"{k} {v:.4f}" for k, v in list(values.items())[:4])
-
-
-def compile_templates_once() -> None:
-    """lm-eval compiles a task's Jinja template again for every row and shot: a minute for MMLU."""
-    from functools import lru_cache
-
-    from lm_eval.utils import env
-
-    if not hasattr(env.from_string, "cache_info"):
-        env.from_string = lru_cache(maxsize=None)(env.from_string)
-
-
-KINDS = {"teach": teach_job, "cell": cell_job, "tune": tune_job}
-KINDS |= {"quantise": quantise_job, "evaluate": evaluate_job}
 
 
 if __name__ == "__main__":

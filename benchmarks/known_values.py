@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lora_kit.studies.known_values import PARTS, STUDY
 
+NAME = "smollm2-135m-instruct"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -55,7 +57,7 @@ def path_of(args, part: int) -> Path:
 def run(args, parts: list[int]) -> None:
     from lora_kit.data import load_rows
     from lora_kit.evaluate.local_tasks import has_local_rows, local_rows, local_task
-    from lora_kit.models import _convert_gguf, load_model
+    from lora_kit.models import load_model, unpacked
 
     name = "hellaswag"
     rows = (
@@ -65,10 +67,7 @@ def run(args, parts: list[int]) -> None:
     )
     dtype = "float32" if args.device == "cpu" else "float16"
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or "smollm2-135m-instruct"
-        if ggufs := sorted(Path(args.model).glob("*.gguf")) if args.model else []:
-            folder = str(Path(scratch) / "smollm2-135m-instruct")
-            _convert_gguf(ggufs[0], Path(folder))
+        folder = str(unpacked(args.model, Path(scratch) / NAME)) if args.model else NAME
         loaded = load_model(folder, dtype, device=args.device)
     if args.batch_parts:
         score(args, loaded, rows, parts)

@@ -161,13 +161,9 @@ def watch(args, processes, scratch: Path, started: float) -> int:
 
 def prepare(args, scratch: Path) -> str:
     """The folder of the default model, under the model's own name."""
-    from lora_kit.models import _convert_gguf, fetch_model
+    from lora_kit.models import unpacked
 
-    ggufs = sorted(Path(args.model).glob("*.gguf")) if args.model else []
-    if not ggufs:
-        return str(fetch_model(args.model or NAME).path)
-    _convert_gguf(ggufs[0], scratch / NAME)
-    return str(scratch / NAME)
+    return str(unpacked(args.model or NAME, scratch / NAME))
 
 
 def repeat(args) -> list[str]:

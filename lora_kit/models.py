@@ -325,6 +325,20 @@ def _from_hub(spec: ModelSpec, revision: str | None) -> ModelFiles:
     return ModelFiles(spec.name, Path(path), "hub", Path(path).name)
 
 
+def unpacked(name: str, target: Path) -> Path:
+    """The folder of a model that `fetch_model` brings; of a folder that holds a GGUF file, `target`
+    with its weights in fp32 safetensors, made where it is not there yet. A model is called after
+    its folder, so give `target` the model's name."""
+    folder = Path(name).expanduser()
+    ggufs = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if not ggufs:
+        return fetch_model(name).path
+    if not target.exists():
+        with store.new_folder(target) as part:
+            _convert_gguf(ggufs[0], part)
+    return target
+
+
 def _convert_gguf(gguf: Path, target: Path) -> None:
     """Dequantise a GGUF file into a transformers folder of fp32 safetensors.
 

@@ -297,3 +297,23 @@ def test_the_encoder_has_full_precision_weights():
     mask = given["attention_mask"][..., None]
     means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
     assert means[0] @ means[1] > 0.4 > means[0] @ means[2] + 0.2
+
+
+def test_a_folder_with_a_gguf_file_is_unpacked_once(tmp_path, tiny_folder, monkeypatch):
+    packed, target = tmp_path / "packed", tmp_path / "tiny-llama"
+    packed.mkdir()
+    (packed / "weights.Q4_1.gguf").write_bytes(b"GGUF")
+    asked = []
+
+    def convert(gguf, folder):
+        asked.append(gguf.name)
+        shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(models, "_convert_gguf", convert)
+    for _ in range(2):
+        assert models.unpacked(str(packed), target) == target
+    assert asked == ["weights.Q4_1.gguf"]
+    assert load_model(str(target), "float32").name == "tiny-llama"
+    assert models.unpacked(str(tiny_folder), target) == tiny_folder
+    with pytest.raises(NotAvailableError, match="no model folder"):
+        models.unpacked("./nowhere", target)
