@@ -186,3 +186,17 @@ def fake_gpu(monkeypatch):
         return calls
 
     return become
+
+
+@pytest.fixture(params=["isolated", "limits"])
+def mode(request, monkeypatch):
+    """Both ways to run a program in the sandbox; the second as where no namespace can be had."""
+    from lora_kit.evaluate import sandbox
+
+    if request.param == "isolated":
+        missing = sandbox.missing_isolation()
+        if missing:
+            pytest.skip(f"this machine cannot isolate a program: {missing}")
+    else:
+        monkeypatch.setattr(sandbox, "missing_isolation", lambda: "a test asks for it")
+    return request.param
