@@ -21,6 +21,8 @@ from lora_kit.studies.records import Record
 # `DEFAULTS` name the parameters it takes, with their defaults.
 TARGETS = {
     "arithmetic": "lora_kit.studies.arithmetic_cells:run_cell",
+    "coupled": "lora_kit.studies.coupled_cells:run_cell",
+    "leakage": "lora_kit.studies.leakage_cells:run_cell",
     "specialists": "lora_kit.studies.specialists_cells:run_cell",
     "shop": "lora_kit.studies.shop_cells:run_cell",
 }
