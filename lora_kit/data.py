@@ -32,6 +32,7 @@ class DatasetSpec:
     fields: tuple[str, ...]
     hub_fields: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
+    commit: str | None = None  # the hub's commit that is taken; None: the newest
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -89,6 +90,31 @@ DATASETS: dict[str, DatasetSpec] = {
             notes="dev has summary; the original test has three, summary1 to summary3.",
         ),
         DatasetSpec(
+            "math",
+            "DigitalLearningGmbH/MATH-lighteval",
+            "default",
+            "MIT",
+            {"train": "train", "test": "test"},
+            ("problem", "level", "type", "solution"),
+            notes="12,500 competition problems in seven subjects (Hendrycks et al. 2021).",
+        ),
+        DatasetSpec(
+            "dolly",
+            "databricks/databricks-dolly-15k",
+            None,
+            "CC BY-SA 3.0",
+            {"train": "train"},
+            ("instruction", "context", "response", "category"),
+        ),
+        DatasetSpec(
+            "cnn_dailymail",
+            "abisee/cnn_dailymail",
+            "3.0.0",
+            "Apache-2.0",
+            {"train": "train", "validation": "validation", "test": "test"},
+            ("article", "highlights", "id"),
+        ),
+        DatasetSpec(
             "amazon_google",
             None,
             None,
@@ -96,6 +122,16 @@ DATASETS: dict[str, DatasetSpec] = {
             {"train": "train", "validation": "validation", "test": "test"},
             ("left", "right", "label"),
             notes="Local only: product pairs, each side title, manufacturer and price.",
+        ),
+        DatasetSpec(
+            "ecinstruct",
+            "NingLab/ECInstruct",
+            None,
+            "CC BY 4.0",
+            {"train": "train"},
+            ("task", "split", "setting", "instruction", "input", "options", "output"),
+            notes="Ten tasks in one file; `evaluate.shop_tasks` reads and scores them.",
+            commit="17c6218a1dec035c672729246e7eee1cac0adc9e",
         ),
     )
 }
@@ -286,7 +322,7 @@ def _from_hub(spec: DatasetSpec, split: str) -> tuple[list[dict], str]:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        revision = dataset_info(spec.hub_id, timeout=20).sha
+        revision = spec.commit or dataset_info(spec.hub_id, timeout=20).sha
     except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError):
         revision = None  # offline: the datasets library may hold a copy in its own cache
     try:
