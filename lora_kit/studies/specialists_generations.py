@@ -194,8 +194,9 @@ def read_generations(path: Path) -> tuple[Test, list[dict], list[list[str]], dic
             raise CorruptFileError(f"{path}: the answers to item {number} are not together.")
     items = _stored_items(test, [group[0] for group in groups])
     found = fingerprint_items(test, items)
-    if found != facts["fingerprint"] or found not in (_at_hand(test, n), None):
-        known = _at_hand(test, n) or facts["fingerprint"]
+    here = _at_hand(test, n)
+    known = facts["fingerprint"] if here in (None, found) else here
+    if found != known:
         raise BadInputError(
             f"{path} answers other items than {test.name} has here (fingerprint {found}, not "
             f"{known}): its scores would not compare."
