@@ -8,18 +8,16 @@ without.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_kit import store
 from lora_kit.data import load_rows, read_jsonl
 from lora_kit.errors import CorruptFileError, NotAvailableError
+from lora_kit.evaluate.shop_metrics import GAINS, ndcg
 
 STUDY = "published_data"
-GAINS = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}  # exact, substitute, complement, irrelevant
 SUBJECTS = (
     "college_computer_science",
     "high_school_computer_science",
@@ -39,28 +37,6 @@ class Ranking:
     @property
     def key(self) -> str:
         return f"{self.model}_{self.setting}".lower().replace("-", "_").replace(".", "p")
-
-
-def ndcg(order: Sequence[int], labels: Sequence[str], gains=GAINS) -> float:
-    """Normalised discounted cumulative gain of one ranking, Σ (2^g − 1)/log₂(k + 1) over places k
-    from 1, divided by that of the best order (Burges et al. 2005, section 6).
-
-    Args:
-        order: the options, best first, numbered from 0; an option named twice counts once, one
-            that does not exist not at all, one left out gains nothing.
-        labels: each option's label, a key of `gains`.
-
-    Returns:
-        Between 0 and 1; 0 where no option has a gain.
-    """
-    gain = [2 ** gains[label] - 1 for label in labels]
-    known = [i for i in dict.fromkeys(order) if 0 <= i < len(gain)]
-    best = _discounted(sorted(gain, reverse=True))
-    return _discounted([gain[i] for i in known]) / best if best else 0.0
-
-
-def _discounted(gain: Sequence[float]) -> float:
-    return sum(g / math.log2(place + 2) for place, g in enumerate(gain))
 
 
 def read_rankings(folder: Path | None = None) -> list[Ranking]:
