@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "most_tested": 14,  # digits
     "train_rows": 5500,  # of each length
     "test_rows": 500,  # of each length, as far as there are so many
-    "steps": 300,
+    "steps": 300,  # 0 for one epoch
     "rows_a_step": 128,
     "learning_rate": 1e-3,
     "rank": 32,
@@ -68,11 +68,11 @@ def check_setting(values: Mapping[str, Any]) -> None:
         )
     if form.most_digits and values["most_tested"] > form.most_digits:
         raise BadInputError(f"{form.name} writes at most {form.most_digits} digits.")
-    least = ("most_trained", "train_rows", "test_rows", "steps", "rows_a_step", "round_rows")
-    if min(values[name] for name in least) < 1 or min(values["shots"], values["rounds"]) < 0:
-        raise BadInputError(
-            "Digits, rows and steps must be at least 1; shots and rounds 0 or more."
-        )
+    least = ("most_trained", "train_rows", "test_rows", "rows_a_step", "round_rows", "round_steps")
+    if min(values[name] for name in least) < 1:
+        raise BadInputError(f"{', '.join(least)} must be at least 1.")
+    if min(values[name] for name in ("steps", "shots", "rounds")) < 0:
+        raise BadInputError("steps (0: one epoch), shots and rounds must be 0 or more.")
     if values["most_tested"] < values["most_trained"]:
         raise BadInputError("most_tested must be most_trained or more.")
     if values["shots"] and values["method"] != "base":
@@ -127,20 +127,31 @@ def answer(model, tokenizer, rows: Sequence[Mapping], form: str, batch_size: int
 
     from lora_kit.generation import generate
 
-    on_gpu = model.device.type == "cuda"
-    batch_size = batch_size or (1000 if on_gpu else 64)
     dtype = model.get_input_embeddings().weight.dtype
     found: list[str] = [""] * len(rows)
     room = find_form(form).tokens
     for k in sorted({row["digits"] for row in rows}):
         mine = [i for i, row in enumerate(rows) if row["digits"] == k]
+        longest = max(len(rows[i]["prompt"]) for i in mine) + room(k) + 3
+        at_once = batch_size or rows_at_once(model, longest)
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
             said = generate(
-                model, tokenizer, [rows[i]["prompt"] for i in mine], room(k) + 3, batch_size
+                model, tokenizer, [rows[i]["prompt"] for i in mine], room(k) + 3, at_once
             )
         for i, text in zip(mine, said, strict=True):
             found[i] = text
     return found
+
+
+def rows_at_once(model, tokens: int) -> int:
+    """Rows whose keys and values fill 2 GiB, at most 1,000; 64 on a CPU. tokens: of one row, no
+    more than its characters."""
+    if model.device.type == "cpu":
+        return 64
+    c = model.config
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * width * 2 * tokens
+    return max(1, min(1000, 2 * 2**30 // row))
 
 
 def kept_answers(path: Path, ask, identity: Mapping[str, Any]) -> list[str]:

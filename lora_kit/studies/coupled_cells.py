@@ -23,12 +23,12 @@ DEFAULTS: dict[str, Any] = {
     "sharpen": True,
     "most_trained": 10,  # digits
     "most_tested": 60,  # digits: the last length asked
-    "width": 128,
+    "width": 64,
     "layers": 1,
     "heads": 4,
-    "steps": 1200,
+    "steps": 1500,
     "batch": 128,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "test_rows": 500,  # of each length
     "hard_rows": 100,  # of each length, with a carry through every place
 }
