@@ -164,3 +164,39 @@ def test_ranking_with_labels():
     assert full.unread == 0
     assert full.score.value < 1  # the second leaves out a substitute
     assert score("QPR", rows[:1], ["B,A"], labels[:1]).score.value == 1
+
+
+def test_the_papers_protocol_on_a_tiny_model(ecinstruct, tiny_folder, tmp_path, monkeypatch):
+    from lora_kit.data import Dataset
+    from lora_kit.studies.shop_ecinstruct import training_set, tune_and_score
+    from lora_kit.train import recipe
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    learnt = [{**r, "split": "train"} for r in ROWS if r["setting"].startswith("IND_D")]
+    data = Dataset("ecinstruct", "train", tuple(ROWS + learnt), "folder", "x")
+    chosen = training_set(data, ["PM", "SA"], rows=1)
+    assert len(chosen) == 2
+    assert chosen.name == "ecinstruct-pm-sa"
+    spec = recipe("oswal", steps=2, batch_size=2, quantization="none", max_length=200)
+    tasks, said = ["PM", "SR", "QPR"], []
+    lines = tune_and_score(
+        str(tiny_folder), data, tasks, spec, output=tmp_path / "a", say=said.append
+    )
+    assert [(x["task"], x["domain"], x["n"]) for x in lines] == [
+        *(("PM", "IND", 2), ("SR", "IND", 1), ("SR", "OOD", 1))
+    ]
+    assert any("QPR is left out" in line for line in said)
+    with_labels = tune_and_score(
+        str(tiny_folder), data, ["QPR"], spec, labels=[["S", "E"]], output=tmp_path / "b"
+    )
+    assert with_labels[0]["metric"] == "NDCG"
+    with pytest.raises(UnknownNameError):
+        training_set(data, ["XX"])
+
+
+def test_the_committed_examples_are_rows_of_the_ten_tasks():
+    from lora_kit.data import read_jsonl
+    from lora_kit.store import repository
+
+    rows = read_jsonl(repository() / "data" / "shop" / "examples.jsonl")
+    assert [check_row(r, f"row {i}").key for i, r in enumerate(rows, 1)] == list(SHOP_TASKS)

@@ -80,6 +80,8 @@ def tfidf(train: Sequence[Mapping], validation: Sequence[Mapping]) -> Scorer:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if len({p["label"] for p in train}) < 2:
+        raise BadInputError(f"{len(train)} training pairs of one label teach nothing; take more.")
     titles = [p[side]["title"] for p in train for side in ("left", "right")]
     kinds = (
         TfidfVectorizer(token_pattern=r"[a-z0-9]+"),

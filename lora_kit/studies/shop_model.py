@@ -5,6 +5,7 @@ for an extraction; and tuned on them.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,21 +17,28 @@ ANSWER_TOKENS = 40
 
 
 def word_scores(model, tokenizer, prompts: Sequence[str], choices: Sequence[str], batch_size=16):
-    """(prompts, choices): the log-probability of each choice's first token behind each prompt.
+    """(prompts, choices): the log-probability of the first token in which the choices differ,
+    behind the prompt and the tokens that all choices begin with.
 
-    Two choices whose first tokens are the same cannot be told apart: a BadInputError says so.
-    Prompts are batched by length, padded on the right (where a causal model does not look), and the
+    Prompts are batched by length and padded on the right, where a causal model does not look; the
     vocabulary-wide logits are made for their last tokens only.
+
+    Raises:
+        BadInputError: a choice that another one begins with.
     """
     import torch
 
     from lora_kit.errors import BadInputError
     from lora_kit.prompts import prompt_ids
 
-    firsts = [tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices]
-    if len(set(firsts)) < len(firsts):
-        raise BadInputError(f"The choices {', '.join(choices)} do not differ in their first token.")
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    spelt = [tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
+    same = 0
+    while all(len(ids) > same for ids in spelt) and len({ids[same] for ids in spelt}) == 1:
+        same += 1
+    firsts = [ids[same] if len(ids) > same else None for ids in spelt]
+    if None in firsts or len(set(firsts)) < len(firsts):
+        raise BadInputError(f"The choices {', '.join(choices)} cannot be told by one token.")
+    encoded = [prompt_ids(tokenizer, prompt) + spelt[0][:same] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     found = np.zeros((len(prompts), len(choices)))
     dtype = model.get_input_embeddings().weight.dtype
@@ -102,12 +110,15 @@ def tune(model_name: str, rows: Sequence[dict], spec: TrainSpec, say=print):
     encoded = encode_rows(data, tokenizer, spec)
     per_step = spec.batch_size * spec.accumulation
     steps = spec.steps or math.ceil(math.ceil(len(encoded) / per_step) * spec.epochs)
+    worked = time.process_time()
     done = engines.train_native(model, tokenizer, encoded, spec, steps)
+    worked = time.process_time() - worked
     losses = [loss for _, loss in done.losses]
     say(f"{steps} steps in {done.seconds:.0f} s, loss {losses[0]:.2f} to {losses[-1]:.2f}")
     model.eval()
     facts = {
         "training_seconds": done.seconds,
+        "training_cpu_seconds": worked,
         "training_tokens": float(done.tokens or 0),
         "training_steps": float(steps),
         "loss_first": losses[0],

@@ -1,0 +1,175 @@
+"""The shop study's records as tables: quality with intervals, cost beside it, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_kit.errors import BadInputError
+from lora_kit.evaluate.statistics import Estimate, over_runs
+from lora_kit.shop_products import TASKS
+from lora_kit.studies.records import Record, read_records
+from lora_kit.studies.shop_cells import ASKED, DEFAULTS, METHODS, STUDY
+
+NO_RECORD = "no record yet"
+ON_CPU = "LORA_KIT_DATA=folder python benchmarks/small_shops.py --part {part}"
+ON_GPU = "lora-kit sweep shop --grid benchmarks/grids/shop.yaml (its heading has the whole line)"
+PART_OF = {"zero-shot": "model", "one-shot": "model", "tuned": "tuned"}
+# What makes two runs the same setting, beside the seed.
+SETTING = ("task", "method", "data", "train_rows", "test_rows", "model", "recipe", "steps")
+SETTING += ("batch_size", "learning_rate", "quantization")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in the seed alone."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def parameters(self) -> dict:
+        return {k: v for k, v in self.records[0].parameters.items() if k in DEFAULTS}
+
+    @property
+    def method(self) -> str:
+        return self.parameters["method"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(r.seed for r in self.records)
+
+    @property
+    def hardware(self) -> str:
+        return self.records[0].hardware["name"]
+
+    def has(self, metric: str) -> bool:
+        return all(metric in r.metrics for r in self.records)
+
+    def values(self, metric: str) -> list[float]:
+        found = [r.metrics[metric] for r in self.records]
+        return [v if isinstance(v, float) else v.value for v in found]
+
+    def estimate(self, metric: str) -> Estimate:
+        """Mean and Student's interval over seeds; of one seed, that run's own over items."""
+        if len(self.records) > 1:
+            return over_runs(self.values(metric))
+        m = self.records[0].metrics[metric]
+        if isinstance(m, float):
+            return Estimate(m, None, m, m, 1)
+        return Estimate(m.value, m.stderr, m.low, m.high, m.n)
+
+
+def read_study(folder: Path | None = None) -> list[Record]:
+    """The study's records, those of the CPU and those of the GPU grid; [] where there are none."""
+    return [r for name in (STUDY, f"{STUDY}/gpu") for r in read_records(name, folder)]
+
+
+def settings(records: Iterable[Record], **wanted) -> list[Setting]:
+    """The settings among records, in the order of METHODS; `wanted` keeps some ("method"="tfidf").
+
+    Raises:
+        BadInputError: two runs of one setting and seed.
+    """
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        p = record.parameters
+        if all(p.get(k) == v for k, v in wanted.items()):
+            groups.setdefault(tuple(str(p.get(k)) for k in SETTING), []).append(record)
+    for group in groups.values():
+        seeds = [r.seed for r in group]
+        if len(seeds) > len(set(seeds)):
+            raise BadInputError(f"Two records of one setting have the seed {max(seeds)}.")
+    made = [Setting(tuple(sorted(g, key=lambda r: r.seed))) for g in groups.values()]
+    return sorted(made, key=lambda s: (METHODS.index(s.method), s.parameters["train_rows"]))
+
+
+def quality(records: Sequence[Record], task: str) -> list[dict]:
+    """One line a method that has answered a task: score inside and outside, seeds, hardware; a line
+    that says NO_RECORD, with the command, for a method that has not."""
+    lines = []
+    for method in METHODS:
+        found = [
+            s
+            for s in settings(records, method=method)
+            if s.has(f"{task}_inside") and s.parameters["train_rows"] == 0
+        ]
+        for s in found:
+            line = {"method": label(s)}
+            for part in ASKED:
+                e = s.estimate(f"{task}_{part}")
+                line[part] = f"{e.value:.3f} [{max(0, e.low):.3f}, {min(1, e.high):.3f}]"
+            items = s.records[0].metrics[f"{task}_inside"].n
+            lines.append(line | {"seeds": str(len(s.records)), "questions": f"{items:,}"})
+        if not found and not (task == "extract" and method in ("fuzzy", "embedding")):
+            lines.append({"method": method, "inside": NO_RECORD} | dict.fromkeys(
+                ("outside", "seeds", "questions"), ""))  # fmt: skip
+    return lines
+
+
+def missing(records: Sequence[Record]) -> list[str]:
+    """Which task and method has no record, and the command that makes it."""
+    made = []
+    for task in TASKS:
+        for line in quality(records, task):
+            if line["inside"] == NO_RECORD:
+                part = PART_OF.get(line["method"])
+                there = part and task == "match_random"
+                command = ON_CPU.format(part=part or "classical") if there or not part else ON_GPU
+                made.append(f"{task}, {line['method']}: {command}")
+    return made
+
+
+def label(setting: Setting) -> str:
+    """A method in words: a model's with its steps."""
+    p = setting.parameters
+    if setting.method == "tuned":
+        steps = f"{p['steps']} steps" if p["steps"] else "an epoch"
+        name = "LoRA" if p["quantization"] == "none" else "QLoRA"
+        return f"{name}, {steps}" + (", oswal" if p["recipe"] == "oswal" else "")
+    return setting.method
+
+
+def costs(records: Sequence[Record], task: str) -> list[dict]:
+    """What each method costs: making it, 1,000 answers, memory, energy; "" where not measured."""
+    lines = []
+    for s in settings(records):
+        if not s.has("seconds_per_1000") or s.parameters["train_rows"]:
+            continue
+        if s.parameters["task"] not in (task, "all"):
+            continue
+        made = s.values("training_cpu_seconds") if s.has("training_cpu_seconds") else []
+        held = s.values("method_bytes")[0] if s.has("method_bytes") else 0.0
+        peak = max(r.peak_memory_bytes or 0 for r in s.records)
+        seconds, busy = (min(s.values(f"{x}seconds_per_1000")) for x in ("", "cpu_"))
+        lines.append(
+            {
+                "method": label(s),
+                "made in (CPU min)": f"{sum(made) / len(made) / 60:.2f}" if made else "0",
+                "1,000 answers (CPU s)": f"{busy:.3g}",
+                "passed (s)": f"{seconds:.3g}",
+                "held (MB)": f"{held / 1e6:.1f}",
+                "process peak (MB)": f"{peak / 1e6:,.0f}",
+                "Wh for 1,000, assumed": f"{min(s.values('watt_hours_per_1000')):.2g}",
+                "on": s.hardware,
+            }
+        )
+    return lines
+
+
+def curve(records: Sequence[Record], task: str, method: str) -> dict[str, list[tuple]]:
+    """{part: [(rows learnt from, estimate), …]} of a method by number of training rows; 0 (all)
+    stands under the number it was."""
+    found: dict[str, list[tuple]] = {part: [] for part in ASKED}
+    for s in settings(records, method=method):
+        if not s.has(f"{task}_inside"):
+            continue
+        counts = [_learnt(r.parameters, task) for r in s.records]
+        for part in ASKED:
+            e = s.estimate(f"{task}_{part}")
+            found[part].append((round(sum(counts) / len(counts)), e))
+    return {part: sorted(line, key=lambda x: x[0]) for part, line in found.items()}
+
+
+def _learnt(parameters: Mapping, task: str) -> int:
+    return int(parameters["rows"][task]["train"])
