@@ -104,6 +104,18 @@ def test_settings_are_checked_before_anything_runs():
         check_setting(DEFAULTS | {"method": "hinted", "most_tested": 26})
 
 
+def test_a_record_names_the_grid_it_is_from():
+    from lora_kit.studies.arithmetic_cells import GRIDS, command
+    from lora_kit.studies.sweep_grid import read_grid, settings_of
+
+    for grid in GRIDS:
+        for setting in settings_of(read_grid(store.repository() / grid)):
+            values = DEFAULTS | setting
+            check_setting(values)
+            assert command(values) == f"lora-kit sweep arithmetic --grid {grid}"
+    assert "GRID" in command(DEFAULTS | {"steps": 3})
+
+
 def test_methods_share_their_held_out_sums():
     values = DEFAULTS | SMALL
     train, test = sums(values, 3)

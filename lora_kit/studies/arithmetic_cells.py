@@ -22,11 +22,13 @@ from typing import Any
 from lora_kit import store
 from lora_kit.arithmetic import FORMS, find_form, in_form, operands
 from lora_kit.data import Dataset
-from lora_kit.errors import BadInputError, unknown_name
+from lora_kit.errors import BadInputError, LoraKitError, unknown_name
+from lora_kit.studies.arithmetic_asking import answer, kept_answers
 from lora_kit.studies.records import Record, new_record
 
 STUDY = "10_arithmetic"
 LEAST_KEPT = 50  # answers of a round, below which nothing more is learnt from them
+GRIDS = ("benchmarks/grids/arithmetic.yaml", "benchmarks/grids/arithmetic-cpu.yaml")
 METHODS = ("base", *FORMS, "self_improvement")
 DEFAULTS: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
@@ -85,6 +87,20 @@ def form_of(values: Mapping[str, Any]) -> str:
     return values["form"] if free else values["method"]
 
 
+def command(values: Mapping[str, Any]) -> str:
+    """What a reader types to make such a record: the grid of the kit that has the setting."""
+    from lora_kit.studies.sweep_grid import read_grid, settings_of
+
+    for grid in GRIDS:
+        try:
+            settings = settings_of(read_grid(store.repository() / grid))
+        except LoraKitError:
+            continue  # installed without its checkout
+        if any({**DEFAULTS, **setting} == dict(values) for setting in settings):
+            return f"lora-kit sweep arithmetic --grid {grid}"
+    return "lora-kit sweep arithmetic --grid GRID, a list with these parameters in GRID"
+
+
 # ------------------------------------------------------------------ rows
 
 
@@ -113,56 +129,6 @@ def examples(values: Mapping[str, Any], seed: int, test: Sequence[Mapping]) -> d
     lengths = range(1, values["most_tested"] + 1)
     drawn = draw_skill("addition", lengths, values["shots"], seed + 1_000_003, exclude=asked)
     return {k: [row for row in drawn if row["digits"] == k] for k in lengths}
-
-
-# ------------------------------------------------------------------ asking
-
-
-def answer(model, tokenizer, rows: Sequence[Mapping], form: str, batch_size: int = 0) -> list[str]:
-    """Greedy answers to rows of `in_form`, as they were written; batched, longest answers apart.
-
-    Under fp16 or bf16 weights the adapter's fp32 products run in the weights' dtype (autocast).
-    """
-    import torch
-
-    from lora_kit.generation import generate
-
-    dtype = model.get_input_embeddings().weight.dtype
-    found: list[str] = [""] * len(rows)
-    room = find_form(form).tokens
-    for k in sorted({row["digits"] for row in rows}):
-        mine = [i for i, row in enumerate(rows) if row["digits"] == k]
-        longest = max(len(rows[i]["prompt"]) for i in mine) + room(k) + 3
-        at_once = batch_size or rows_at_once(model, longest)
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            said = generate(
-                model, tokenizer, [rows[i]["prompt"] for i in mine], room(k) + 3, at_once
-            )
-        for i, text in zip(mine, said, strict=True):
-            found[i] = text
-    return found
-
-
-def rows_at_once(model, tokens: int) -> int:
-    """Rows whose keys and values fill 2 GiB, at most 1,000; 64 on a CPU. tokens: of one row, no
-    more than its characters."""
-    if model.device.type == "cpu":
-        return 64
-    c = model.config
-    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * width * 2 * tokens
-    return max(1, min(1000, 2 * 2**30 // row))
-
-
-def kept_answers(path: Path, ask, identity: Mapping[str, Any]) -> list[str]:
-    """Answers from a file where they are there for the same question, else asked and written."""
-    if path.exists():
-        found = store.read_json(path)
-        if found.get("of") == dict(identity):
-            return found["answers"]
-    said = ask()
-    store.write_json(path, {"of": dict(identity), "answers": said})
-    return said
 
 
 # ------------------------------------------------------------------ training
@@ -379,7 +345,7 @@ def score_cell(
     ]
     return new_record(
         STUDY,
-        "lora-kit sweep arithmetic --grid benchmarks/grids/arithmetic.yaml",
+        command(values),
         parameters=dict(values),
         metrics=metrics,
         tables={
