@@ -1,0 +1,124 @@
+"""The addition study's records read again."""
+
+import pytest
+
+from lora_kit.studies import arithmetic_cells, arithmetic_report, coupled_cells
+from lora_kit.studies.arithmetic_report import (
+    LORA,
+    MMLU,
+    NO_RECORD,
+    Setting,
+    arithmetic_table,
+    coupled_table,
+    leakage_rows,
+    match,
+    planned,
+    read_settings,
+)
+from lora_kit.studies.records import new_record, write_record
+
+DEFAULTS = arithmetic_cells.DEFAULTS
+
+
+def lengths(exact):
+    kinds = {"unreadable": 0, "length": 1, "carry": 2, "other": 0}
+    return [
+        {"digits": k, "n": 10, "exact": e, "low": e - 0.1, "high": e + 0.1}
+        | {"digit_accuracy": e, "edit_distance": 5 - 5 * e, **kinds}
+        for k, e in exact.items()
+    ]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two seeds of `plain`, one of `reversed`, as the sweep leaves them."""
+    for method, seed, exact in (
+        ("plain", 0, {7: 0.8, 8: 0.4}),
+        ("plain", 1, {7: 0.6, 8: 0.2}),
+        ("reversed", 0, {7: 1.0, 8: 0.9}),
+    ):
+        made = new_record(
+            "10_arithmetic",
+            "lora-kit sweep",
+            parameters=DEFAULTS | {"method": method},
+            metrics={},
+            tables={"lengths": lengths(exact)},
+            seed=seed,
+            seconds=1.0,
+        )
+        write_record(made, tmp_path / LORA / f"{method}_{seed}.json")
+    return tmp_path
+
+
+def test_settings_gather_their_seeds(root):
+    found = {s.label: s for s in read_settings(LORA, DEFAULTS, root)}
+    assert set(found) == {"plain", "reversed"}
+    assert [r.seed for r in found["plain"].records] == [0, 1]
+    seven, eight = found["plain"].curve()
+    assert (seven["digits"], seven["mean"], seven["seeds"], seven["n"]) == (7, 0.7, 2, 20)
+    # Student's interval of two seeds 0.2 apart: 0.7 ± 12.7 · 0.1, held within 0 and 1.
+    assert (seven["low"], seven["high"]) == (0.0, 1.0)
+    assert eight["mean"] == pytest.approx(0.3)
+    alone = found["reversed"].curve()[1]
+    assert (alone["low"], alone["high"]) == (pytest.approx(0.8), 1.0), "the record's own interval"
+    edits = found["reversed"].curve("edit_distance")
+    assert [r["mean"] for r in edits] == pytest.approx([0, 0.5])
+    assert found["plain"].kinds(True) == {"unreadable": 0, "length": 2, "carry": 4, "other": 0}
+    assert found["plain"].at(8).startswith("0.300 (")
+    assert found["plain"].at(99) == ""
+
+
+def test_what_has_no_record_says_so(root):
+    rows = arithmetic_table(root)
+    assert len(rows) == len(planned("arithmetic"))
+    by_label = {row["setting"]: row for row in rows}
+    assert by_label["plain"]["7 digits"].startswith("0.700")
+    assert by_label["plain"]["seeds"] == 2
+    assert by_label["scratchpad"]["7 digits"] == NO_RECORD
+    assert by_label["scratchpad"]["seeds"] == 0
+    assert all(NO_RECORD in row.values() for row in coupled_table(root))
+    assert leakage_rows(root) == []
+
+
+def test_labels_tell_settings_apart():
+    for grid, defaults in (
+        ("arithmetic", DEFAULTS),
+        ("coupled", coupled_cells.DEFAULTS),
+    ):
+        labels = [s.label for s in match(planned(grid), defaults, [])]
+        assert len(set(labels)) == len(labels)
+    assert Setting(DEFAULTS | {"rank": 4}, {"rank": 4}).label == "plain, rank 4"
+
+
+def test_leakage_is_gathered_over_seeds(tmp_path):
+    def metric(value):
+        return {"value": value, "low": 0.0, "high": 1.0, "n": 4}
+
+    for seed, after in ((0, 1.0), (1, 0.5)):
+        made = new_record(
+            "10_mmlu",
+            "lora-kit sweep",
+            parameters={"part": "leakage", **arithmetic_report.leakage_cells.DEFAULTS},
+            metrics={
+                "leaked_before": metric(0.25),
+                "leaked_after": metric(after),
+                "leaked_p": 0.5,
+            },
+            seed=seed,
+            seconds=1.0,
+        )
+        write_record(made, tmp_path / MMLU / f"{seed}.json")
+    (row,) = leakage_rows(tmp_path)
+    assert (row["before"], row["after"], row["seeds"]) == ("0.250", "0.750", 2)
+    assert row["asked"] == "leaked"
+    assert row["p"] == "0.5, 0.5"
+
+
+def test_committed_records_are_read():
+    for folder, defaults in (
+        (arithmetic_report.COUPLED, coupled_cells.DEFAULTS),
+        (arithmetic_report.CPU, DEFAULTS),
+        (LORA, DEFAULTS),
+    ):
+        for setting in read_settings(folder, defaults):
+            assert setting.curve(), setting.label
