@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-FEW = {"test_rows": 80, "validation_rows": 60, "timed_rows": 10}
+FEW = {"test_rows": 60, "validation_rows": 40, "timed_rows": 8}
 PARTS = {
     "classical": [
         {"task": "all", "method": method} for method in ("majority", "fuzzy", "tfidf", "embedding")
@@ -31,7 +31,7 @@ PARTS = {
     "model": [
         {"task": "match_random", "method": method, **FEW} for method in ("zero-shot", "one-shot")
     ],
-    "tuned": [{"task": "match_random", "method": "tuned", "steps": 16, "batch_size": 8, **FEW}],
+    "tuned": [{"task": "match_random", "method": "tuned", "steps": 12, "batch_size": 8, **FEW}],
 }
 
 

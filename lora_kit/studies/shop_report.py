@@ -173,3 +173,37 @@ def curve(records: Sequence[Record], task: str, method: str) -> dict[str, list[t
 
 def _learnt(parameters: Mapping, task: str) -> int:
     return int(parameters["rows"][task]["train"])
+
+
+def paired(
+    records: Sequence[Record], task: str, part: str, base: str, other: str, seed: int = 0
+) -> Estimate | None:
+    """F1 of one method less another's on the questions both have answered (the first so many of one
+    seed's); None where a record is missing.
+
+    Raises:
+        BadInputError: the two were asked other questions.
+    """
+    import numpy as np
+
+    from lora_kit.evaluate.shop_metrics import binary_counts, difference_from_counts, f1_of
+
+    said = {}
+    for method in (base, other):
+        for record in records:
+            p = record.parameters
+            if (p["method"], record.seed, p["train_rows"]) != (method, seed, 0):
+                continue
+            for item in record.tables.get("items", []):
+                if (item["task"], item["part"]) == (task, part):
+                    said[method] = item
+    if len(said) < 2:
+        return None
+    n = min(len(item["truth"]) for item in said.values())
+    truths = {item["truth"][:n] for item in said.values()}
+    if len(truths) > 1:
+        raise BadInputError(f"{base} and {other} were asked other questions of {task}.")
+    names = np.array(["no", "yes"])
+    bits = [truths.pop(), *(said[m]["said"][:n] for m in (base, other))]
+    truth, first, second = (names[[int(b) for b in text]].tolist() for text in bits)
+    return difference_from_counts(binary_counts(truth, first), binary_counts(truth, second), f1_of)
