@@ -80,6 +80,7 @@ def score(args, loaded, rows, parts: list[int]) -> None:
     """Ask the rows of these parts at once; write a record for each."""
     from dataclasses import replace
 
+    from lora_kit import store
     from lora_kit.evaluate import evaluate
     from lora_kit.evaluate.statistics import estimate
     from lora_kit.studies.forgetting import to_bits
@@ -87,7 +88,10 @@ def score(args, loaded, rows, parts: list[int]) -> None:
 
     owner = [part for part in parts for _ in rows.rows[part::PARTS]]
     chosen = replace(rows, rows=tuple(r for part in parts for r in rows.rows[part::PARTS]))
-    found = evaluate(loaded.model, loaded.tokenizer, chosen)
+    # Answers are kept while they come: the same command carries on within a part, too.
+    run = store.sha256_json([loaded.record(), parts])[:12]
+    kept = store.home() / "evaluations" / f"known_{run}.jsonl"
+    found = evaluate(loaded.model, loaded.tokenizer, chosen, keep_answers=kept)
     (task,) = found.tasks.values()
     for part in parts:
         mine = [i for i, p in enumerate(owner) if p == part]
@@ -118,6 +122,7 @@ def score(args, loaded, rows, parts: list[int]) -> None:
         )
         write_record(record, path_of(args, part))
         print(f"part {part}: {len(mine)} rows, {record.seconds:.0f} s", flush=True)
+    kept.unlink(missing_ok=True)
 
 
 def report(args) -> None:

@@ -1,10 +1,16 @@
 """A benchmark's parts pooled and held to its known value."""
 
+import gzip
+import importlib.util
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
 from lora_kit.errors import BadInputError
+from lora_kit.evaluate import everyday_items, local_tasks
 from lora_kit.evaluate.statistics import wilson
 from lora_kit.studies.forgetting import to_bits
 from lora_kit.studies.known_values import HELLASWAG, PARTS, ROWS, pooled
@@ -66,3 +72,30 @@ def test_the_committed_parts_cover_the_known_value():
         assert row["n"] == sum(len(r.tables["items"][0]["scores"]) for r in records)
         assert row["low"] <= row["value"] <= row["high"]
         assert row["inside"], row
+
+
+def test_the_script_asks_each_part_once(tmp_path, tiny_folder, monkeypatch, capsys):
+    (tmp_path / "hellaswag").mkdir()
+    with gzip.open(tmp_path / "hellaswag" / "validation.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in everyday_items().rows * 2)
+    monkeypatch.setenv("LORA_KIT_DATA", str(tmp_path))
+    monkeypatch.setenv("LORA_KIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(local_tasks, "PUBLISHED", {})
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "known_values.py"
+    spec = importlib.util.spec_from_file_location("known_values_benchmark", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    out = tmp_path / "known_values"
+    words = ["--model", str(tiny_folder), "--out", str(out), "--parts"]
+    for parts in ("0,3", "0-1,3"):
+        monkeypatch.setattr(sys, "argv", ["known_values.py", *words, parts])
+        script.main()
+    said = capsys.readouterr().out
+    lines = [line.split(",")[0] for line in said.splitlines() if line.startswith("part ")]
+    assert lines == ["part 0: 2 rows", "part 3: 2 rows", "part 1: 2 rows"]
+    records = read_records("known_values", tmp_path)
+    assert [record.parameters["rows"] for record in records] == ["0::20", "1::20", "3::20"]
+    assert pooled(records)[0]["n"] == 6
+    assert not list((tmp_path / "home" / "evaluations").iterdir())
+    with pytest.raises(SystemExit, match="from 0 to 19"):
+        script.numbers("3-20")
