@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds: start no cell that would not end")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a name, or a folder")
     parser.add_argument("--rescore", type=Path, help="a folder of stored generations")
+    parser.add_argument("--into", type=Path, help="with --rescore: records that lack the scores")
     parser.add_argument("--out", type=Path, default=Path("data/results") / STUDY)
     return parser.parse_args()
 
@@ -158,17 +159,41 @@ def tiny(args) -> None:
     print(f"{missing} cells are still missing")
 
 
+def record_of(folder: Path, path: Path) -> Path:
+    """The record of the cell whose answers lie in <cell>/generations/<test>.jsonl."""
+    return folder / f"{path.parent.parent.name}.json"
+
+
+def lacking(folder: Path | None, path: Path) -> bool:
+    """Without a folder of records every file counts; else those their record could not judge."""
+    if folder is None:
+        return True
+    from lora_kit.studies.records import read_record
+
+    record = record_of(folder, path)
+    return record.exists() and path.stem in read_record(record).parameters.get("unjudged", {})
+
+
+def into(folder: Path | None, path: Path, judged) -> None:
+    from lora_kit.studies.specialists_generations import add_to_record
+    from lora_kit.studies.specialists_tasks import TESTS
+
+    if folder is not None and not judged.note:
+        add_to_record(record_of(folder, path), judged, TESTS[judged.test].version)
+
+
 def rescore(args) -> None:
     from lora_kit.errors import LoraKitError
     from lora_kit.studies.specialists_generations import score_generations
 
-    files = sorted(args.rescore.rglob("*.jsonl"))
+    files = sorted(f for f in args.rescore.rglob("*.jsonl") if lacking(args.into, f))
     if not files:
-        raise SystemExit(f"{args.rescore} holds no *.jsonl of stored generations.")
+        raise SystemExit(f"{args.rescore} holds no stored generations that are to be scored.")
     refused = 0
     for path in files:
         try:
             judged = score_generations(path)
+            into(args.into, path, judged)
         except LoraKitError as e:
             refused += 1
             print(f"{path}: refused: {e}")

@@ -352,3 +352,18 @@ def test_the_cipher_is_what_it_says():
     asked = {tuple(row) for row in held.ids[:, :6].tolist()}
     assert not asked & {tuple(row) for row in learnt.ids[:, :6].tolist()}
     assert len(asked) == 500
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "factor"),
+    [
+        *(("SGD", "fixed", 1 / 32), ("SGD", "constant", 32), ("SGD", "stabilised", 1)),
+        *(("AdamW", "fixed", 1), ("AdamW", "constant", 32), ("AdamW", "stabilised", 32**0.5)),
+    ],
+)
+def test_first_step_of_a_real_adapter_is_as_predicted(optimizer, rule, factor):
+    """Independent directions, rank 64 over rank 2, to first order: s²·r and s·r."""
+    from lora_kit.studies.specialists_tiny import first_step
+
+    low, high = (sum(first_step(r, rule, optimizer, s) for s in range(2)) for r in (2, 64))
+    assert high / low == pytest.approx(factor, rel=0.15)

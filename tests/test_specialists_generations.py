@@ -141,23 +141,53 @@ def test_torn_and_foreign_files_are_refused(tmp_path):
 
 
 def test_rescoring_names_what_it_refuses(tmp_path, monkeypatch, capsys):
-    import importlib.util
     import types
+
+    benchmark = load_benchmark()
+    write_sums(tmp_path / "good")
+    bad = write_sums(tmp_path / "bad")
+    facts = store.read_json(bad.with_suffix(".json"))
+    store.write_json(bad.with_suffix(".json"), {**facts, "version": "0"})
+    with pytest.raises(SystemExit, match="1 of 2 files were refused"):
+        benchmark.rescore(types.SimpleNamespace(rescore=tmp_path, into=None))
+    told = capsys.readouterr().out
+    assert "strict 1.000" in told
+    assert "refused: " in told
+
+
+def test_what_could_not_be_judged_is_judged_later(tmp_path):
+    """A machine without a sandbox keeps the answers; the record gets its scores elsewhere."""
+    import types
+
+    from lora_kit.studies.records import new_record, read_record, write_record
+
+    work, records = tmp_path / "work", tmp_path / "records"
+    write_sums(work / "cell_seed0" / "generations")
+    write_sums(work / "judged_seed0" / "generations")
+    about = {"parameters": {"unjudged": {"sums": "no sandbox"}}, "metrics": {}, "seconds": 1.0}
+    write_record(new_record("07_specialists", "a test", **about), records / "cell_seed0.json")
+    whole = new_record("07_specialists", "a test", parameters={}, metrics={"x": 1.0}, seconds=1.0)
+    write_record(whole, records / "judged_seed0.json")
+    benchmark = load_benchmark()
+    benchmark.rescore(types.SimpleNamespace(rescore=work, into=records))
+    found = read_record(records / "cell_seed0.json")
+    assert found.metrics["sums strict"].value == 1.0
+    assert "unjudged" not in found.parameters
+    assert unpack(found.tables["items"][0]["scores"]) == [1.0, 1.0, 1.0]
+    assert read_record(records / "judged_seed0.json") == whole
+    with pytest.raises(SystemExit, match="no stored generations"):
+        benchmark.rescore(types.SimpleNamespace(rescore=work, into=records))
+
+
+def load_benchmark():
+    import importlib.util
     from pathlib import Path
 
     place = Path(__file__).parent.parent / "benchmarks" / "specialists.py"
     spec = importlib.util.spec_from_file_location("benchmark_specialists", place)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    write_sums(tmp_path / "good")
-    bad = write_sums(tmp_path / "bad")
-    facts = store.read_json(bad.with_suffix(".json"))
-    store.write_json(bad.with_suffix(".json"), {**facts, "version": "0"})
-    with pytest.raises(SystemExit, match="1 of 2 files were refused"):
-        benchmark.rescore(types.SimpleNamespace(rescore=tmp_path))
-    told = capsys.readouterr().out
-    assert "strict 1.000" in told
-    assert "refused: " in told
+    return benchmark
 
 
 def test_packed_scores():

@@ -14,6 +14,7 @@ from lora_kit.studies.specialists_analysis import (
     collapse,
     contrasts,
     per_doubling,
+    rank_map,
     spread_rules,
     tuned,
     two_way,
@@ -115,6 +116,16 @@ def test_several_contrasts_are_corrected():
     assert all(c.p_holm >= c.p for c in found)
     assert min(c.p_holm for c in found) == pytest.approx(min(1, 3 * min(c.p for c in found)))
     assert not any(c.significant for c in found)
+
+
+def test_map_marks_what_differs_from_rank_16():
+    frame = runs(lambda r, p: -0.2 * (p == "all" and r == 32), ranks=(16, 32, 64))
+    means, marked = rank_map(frame, "loss")
+    assert marked == {("all", 32)}
+    assert means.loc["all", 32] == pytest.approx(
+        frame[frame["rank"] == 32]["loss"].groupby(frame["placement"]).mean()["all"]
+    )
+    assert rank_map(frame[frame["seed"] == 0], "loss")[1] == set()
 
 
 def test_slope_for_each_doubling():

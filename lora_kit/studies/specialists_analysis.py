@@ -178,6 +178,26 @@ def contrasts(
     return [Contrast(*some, p) for some, p in zip(found, adjusted, strict=True)]
 
 
+def rank_map(
+    frame: pd.DataFrame, value: str = "loss", against: int = 16
+) -> tuple[pd.DataFrame, set[tuple[str, int]]]:
+    """Means over seeds, placements × ranks, and the cells that differ from the rank `against` at
+    the same placement (p < 0.05 by Holm over the whole map; `contrasts`). None are marked while
+    the runs do not allow a test (one seed, or not every setting with every seed)."""
+    some = frame.dropna(subset=[value])
+    means = some.pivot_table(index="placement", columns="rank", values=value)
+    named = some.assign(
+        cell=[f"{p} {r}" for p, r in zip(some["placement"], some["rank"], strict=True)]
+    )
+    keys = [(p, r) for p in means.index for r in means.columns if r != against]
+    pairs = [(f"{p} {r}", f"{p} {against}") for p, r in keys]
+    try:
+        found = contrasts(named, value, "cell", pairs)
+    except BadInputError:
+        return means, set()
+    return means, {key for key, c in zip(keys, found, strict=True) if c.significant}
+
+
 def per_doubling(frame: pd.DataFrame, value: str) -> Estimate:
     """Change of `value` for each doubling of the rank: value ~ log2(rank) + seed, least squares,
     Student's 95 % interval.

@@ -236,7 +236,7 @@ def score(
 ) -> None:
     """Ask the tests, keep the generations, and put scores into `found`: a metric for each test and
     judge, and every item's score, packed, in its table `items`."""
-    from lora_kit.studies.specialists_generations import judge, pack, write_generations
+    from lora_kit.studies.specialists_generations import item_row, judge, write_generations
 
     items = found.tables.setdefault("items", [])
     for name in names:
@@ -251,16 +251,7 @@ def score(
             judged = judge(test, rows, answers)
         for metric, mean in judged.means.items():
             found.metrics[f"{name} {metric}"] = mean.to_metric()
-            items.append(
-                {
-                    "test": name,
-                    "version": test.version,
-                    "metric": metric,
-                    "n": mean.n,
-                    "items": judged.fingerprint,
-                    "scores": pack(judged.values[metric]),
-                }
-            )
+            items.append(item_row(judged, metric, test.version))
         if judged.note:
             found.parameters.setdefault("unjudged", {})[name] = judged.note
         seconds = time.perf_counter() - began

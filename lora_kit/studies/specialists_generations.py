@@ -240,6 +240,42 @@ def score_generations(path: Path) -> Judged:
     return judge(test, items, answers)
 
 
+def add_to_record(path: Path, judged: Judged, version: str):
+    """Put a test's score into the record of the cell that wrote the answers, in place of the note
+    that it could not be judged; returns the record.
+
+    Raises:
+        CorruptFileError: no record there.
+    """
+    from lora_kit.studies.records import Metric, read_record, write_record
+
+    record = read_record(path)
+    table = [r for r in record.tables.get("items", []) if r["test"] != judged.test]
+    for metric, mean in judged.means.items():
+        record.metrics[f"{judged.test} {metric}"] = Metric(**mean.to_metric())
+        table.append(item_row(judged, metric, version))
+    record.tables["items"] = table
+    unjudged = dict(record.parameters.get("unjudged", {}))
+    unjudged.pop(judged.test, None)
+    record.parameters["unjudged"] = unjudged
+    if not unjudged:
+        del record.parameters["unjudged"]
+    write_record(record, path)
+    return record
+
+
+def item_row(judged: Judged, metric: str, version: str) -> dict:
+    """One metric's line of a record's table `items`."""
+    return {
+        "test": judged.test,
+        "version": version,
+        "metric": metric,
+        "n": judged.means[metric].n,
+        "items": judged.fingerprint,
+        "scores": pack(judged.values[metric]),
+    }
+
+
 # ------------------------------------------------------------------ scores as short texts
 
 

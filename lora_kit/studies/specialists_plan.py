@@ -153,7 +153,7 @@ def _test_seconds(cell: Cell, shape: Architecture, name: str) -> float:
 
 # ------------------------------------------------------------------ the sweep's grid files
 
-SWEEP = "lora-kit sweep specialists --grid benchmarks/grids/{} -o data/results/07_specialists"
+SWEEP = "lora-kit sweep specialists --grid benchmarks/grids/{}"
 H100_JOBS = 8
 
 
@@ -166,7 +166,11 @@ def grid_text(shape: Architecture) -> dict[str, str]:
         "# The specialists study, most important settings first: a sweep that is cut off leaves",
         "# whole settings, each with all its seeds. On one H100 held to T4 rules:",
         f"#   LORA_KIT_T4_RULES=1 {SWEEP.format('specialists.yaml')} \\",
-        f"#     --seeds 3 --jobs {H100_JOBS}",
+        f"#     --seeds 3 --jobs {H100_JOBS} --budget 540 \\",
+        "#     -o data/results/07_specialists --work runs/specialists",
+        "# The same command carries on. Where there is no sandbox the programs are kept unjudged:",
+        "#   python benchmarks/specialists.py --rescore runs/specialists --into \\",
+        "#     data/results/07_specialists",
         "# Minutes: of one process that has the GPU to itself, three seeds, estimated by",
         "# `specialists_plan`, within a factor of two. Eight processes side by side were not yet",
         "# timed: expect a fifth to an eighth. HumanEval's programs take the host's cores besides.",
@@ -178,10 +182,10 @@ def grid_text(shape: Architecture) -> dict[str, str]:
         whole += minutes
         lines += ["", f"# {name}: {len(settings)} settings, {minutes:.0f} process-minutes"]
         lines += [f"- {_yaml(s)}" for s in settings]
-    lines.insert(7, f"# Sum: {whole:.0f} process-minutes.")
+    lines.insert(11, f"# Sum: {whole:.0f} process-minutes.")
     quick = [
         "# The same road on a CPU in a few minutes, generated rows only; no numbers of interest:",
-        f"#   {SWEEP.format('specialists_quick.yaml').split(' -o ')[0]} -o runs/specialists_quick",
+        f"#   {SWEEP.format('specialists_quick.yaml')} --seeds 1 -o runs/specialists_quick",
     ]
     small = {"task": "sums", "rows": 16, "steps": 2, "batch_size": 4, "heldout": 4, "limit": 2}
     small |= {"max_length": 128}

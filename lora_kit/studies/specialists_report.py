@@ -18,7 +18,7 @@ from lora_kit.studies.specialists import GENERALIST, STUDY, TASKS_AT_HAND
 from lora_kit.studies.specialists_generations import unpack
 
 NO_RECORD = "no record yet"
-SWEEP = "lora-kit sweep specialists --grid benchmarks/grids/specialists.yaml --seeds 3"
+SWEEP = "lora-kit sweep specialists --grid benchmarks/grids/specialists.yaml --seeds 3 --jobs 8"
 SMALL = "OMP_NUM_THREADS=1 python benchmarks/specialists.py --small"
 TINY = "OMP_NUM_THREADS=1 python benchmarks/specialists.py --tiny"
 FIELDS = ("part", "model", "task", "rank", "placement", "scaling", "scale", "learning_rate")

@@ -67,6 +67,41 @@ def tiny_cell(rank: int, scaling: str, rate: float, seed: int, steps: int = STEP
     return told | {"seconds": round(found["seconds"], 2)}
 
 
+def first_step(rank: int, scaling: str, optimizer: str, seed: int, rows: int = 64) -> float:
+    """By how much the first step of a fresh adapter lowers the loss of its own batch, in nats.
+
+    B is zero and A random, so only B moves, by η·s·G Aᵀ under SGD and by η·sign(G Aᵀ) under Adam
+    (G: the loss's gradient at the layer's weight), and W by s·B A. To first order the loss falls by
+
+        SGD     η·s²·‖G Aᵀ‖²     ∝ s²·r
+        AdamW   η·s·Σ|G Aᵀ|       ∝ s·r
+
+    Args:
+        optimizer: "SGD" (η = 1e-4) or "AdamW" (η = 1e-5): small, so that first order is enough.
+
+    Raises:
+        UnknownNameError: another optimiser.
+    """
+    from lora_kit.errors import unknown_name
+    from lora_kit.lora import LoraSpec, add_lora
+    from lora_kit.lora_study import answer_loss
+    from lora_kit.tinylm import load_addition_model
+
+    rates = {"SGD": 1e-4, "AdamW": 1e-5}
+    if optimizer not in rates:
+        raise unknown_name("optimiser", optimizer, rates)
+    batch = cipher_rows()[0].take(torch.arange(rows))
+    model = load_addition_model()
+    add_lora(model, LoraSpec(rank, alpha_of(rank, scaling), PLACEMENT), seed=seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = {} if optimizer == "SGD" else {"weight_decay": 0.0}
+    before = answer_loss(model, batch)
+    before.backward()
+    getattr(torch.optim, optimizer)(trained, lr=rates[optimizer], **options).step()
+    with torch.no_grad():
+        return float(before.detach() - answer_loss(model, batch))
+
+
 def tiny_settings(
     ranks: Iterable[int] = RANKS, rates: Iterable[float] = RATES
 ) -> list[tuple[int, str, float]]:
