@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lora_kit import store
 from lora_kit.architectures import Architecture
 from lora_kit.data import Dataset
 from lora_kit.errors import BadInputError, CorruptFileError, RunFailedError
+from lora_kit.train.processes import processes
 from lora_kit.train.spec import TrainSpec, check_engine, choose_engine
 
 RECORD = "training.json"
@@ -86,6 +88,9 @@ def finetune(
             after a crash carries on from the newest whole one.
         on_step: called with each step's number and training loss.
 
+    Started by `accelerate launch` or torchrun, all processes make the same call and train one
+    adapter together (`processes`); the effective batch stays batch_size × accumulation.
+
     Returns:
         TrainResult; the adapter's folder appears only when training ended well.
 
@@ -112,16 +117,22 @@ def finetune(
     if output is None:
         key = store.sha256_json(identity)[:12]
         output = store.home() / "adapters" / f"{files.name}-{rows.name}-{key}"
-    output = Path(output)
+    output, crew = Path(output), processes()
+    if crew.count > 1 and engine != "native":
+        raise BadInputError(f"Several processes train with engine native, not with {engine}.")
     if output.is_dir() and any(output.iterdir()) and not (output / RECORD).exists():
         raise BadInputError(f"{output} holds something else than an adapter; name another folder.")
-    with store.lock(output):
+    # The first process alone holds the lock and writes.
+    with store.lock(output) if crew.main else nullcontext(), crew.quiet():
         if reuse and (output / RECORD).exists():
             found = _read(output)
             if found is not None and found[0] == identity:
-                _checkpoints(output, identity).clear()
+                if crew.main:
+                    _checkpoints(output, identity).clear()
                 return replace(found[1], reused=True)
-        store.sweep(output)
+        if crew.main:
+            store.sweep(output)
+        on_step = on_step if crew.main else None
         return _train(files, rows, spec, output, engine, why, identity, checkpoint_every, on_step)
 
 
@@ -198,10 +209,12 @@ def _train(files, rows, spec, output, engine, why, identity, every, on_step) -> 
         "data": rows.record(),
         "hardware": detect().name,
     }
-    with store.new_folder(output) as part:
-        engines.save_adapter(model, part)
-        store.write_json(part / RECORD, {"identity": identity, **facts})
-    keep.clear()
+    if processes().main:
+        with store.new_folder(output) as part:
+            engines.save_adapter(model, part)
+            store.write_json(part / RECORD, {"identity": identity, **facts})
+        keep.clear()
+    processes().wait()
     return _result(output, spec, facts)
 
 

@@ -19,6 +19,7 @@ from lora_kit.train.export import export_merged, push_adapter
 from lora_kit.train.finetune import TrainResult, finetune
 from lora_kit.train.heldout import heldout_loss
 from lora_kit.train.log import TRACKERS, tracker
+from lora_kit.train.processes import processes
 from lora_kit.train.report import data_report, estimate, format_report, matmul_speed
 from lora_kit.train.settings import settle
 from lora_kit.train.spec import TrainSpec, check_engine, choose_engine
@@ -87,15 +88,20 @@ def finetune_from(
     longest = max(report.lengths)
     settled, how = settle(spec, shape, hardware, chosen, longest)
     expected = estimate(report, settled, shape, hardware, matmul_speed(hardware), chosen)
-    print(format_report(report, expected))
-    print(f"engine: {chosen}: {why}\nsettings: {how}")
+    with processes().quiet():
+        print(format_report(report, expected))
+        print(f"engine: {chosen}: {why}\nsettings: {how}")
     if report_only:
         return None
     name = output.name if output else f"{files.name}-{rows.name}"
-    with tracker(log, name, Path("runs") / "tensorboard" / name) as on_step:
+    with tracker(
+        log if processes().main else "none", name, Path("runs") / "tensorboard" / name
+    ) as on_step:
         result = finetune(
             model, rows, spec, output, engine, checkpoint_every=checkpoint_every, on_step=on_step
         )
+    if not processes().main:
+        return replace(result, train=rows, test=test)
     scores = None
     if test:
         scores = (*losses_of(model, result, test), len(test))

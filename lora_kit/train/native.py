@@ -9,7 +9,8 @@ divided by the T of the step and not of the part, so that neither packing nor th
 changes the gradient. The vocabulary-wide logits are made only where there is a label. The adapter
 is fp32; the frozen base computes in fp32, bf16 or fp16, fp16 with a loss scaler (Micikevicius et
 al. 2018, section 3.2). The rate rises linearly and falls as a cosine, the gradient's norm is
-clipped, the optimiser is AdamW. On a CPU a resumed run repeats an unbroken one bit for bit.
+clipped, the optimiser is AdamW; several processes share a step's rows (`processes`). On a CPU a
+resumed run repeats an unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lora_kit.train.compiling import compiled_layers
 from lora_kit.train.graphs import GraphedSteps, Steps, graphs_pay
 from lora_kit.train.optimizers import make_optimizer
 from lora_kit.train.packing import Batch, collate
+from lora_kit.train.processes import processes
 from lora_kit.train.spec import TrainSpec
 
 MOST_SKIPPED = {True: 12, False: 3}  # steps skipped in a row before giving up: fp16, others
@@ -153,10 +155,8 @@ def train(
         rows: {"input_ids", "labels"}, as `prompts.encode` makes them.
         spec, steps: hyperparameters; optimiser steps.
         pad_id: fills sequences up; never seen by a row.
-        keep, every: where checkpoints go, and a run is taken up again; steps between them (0: one
-            every two minutes).
-        on_step: called with each step's number and loss.
-        say: prints the ten lines of progress.
+        keep, every: checkpoints, and steps between them (0: one every two minutes).
+        on_step: called with each step's number and loss; say: prints the ten lines of progress.
 
     Raises:
         RunFailedError: NaN or infinity several steps in a row, or not even one row fits.
@@ -171,11 +171,11 @@ def train(
     scaler = torch.amp.GradScaler(
         device.type, init_scale=2.0**14, growth_interval=500, enabled=dtype == torch.float16
     )
-    progress = Progress(at_once=spec.batch_size)
+    progress, crew = Progress(at_once=spec.batch_size), processes()
     per_step = spec.batch_size * spec.accumulation
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), PeakMemory() as memory, ExitStack() as stack:
-        torch.manual_seed(spec.seed)  # dropout's; the caller's generator is left as it was
+        torch.manual_seed(spec.seed + crew.index)  # dropout's; the caller's stays as it was
         if keep and (found := keep.newest()):
             progress = restore(found, named, optimizer, scaler)
             say(f"taken up again after step {progress.step} of {steps}")
@@ -216,7 +216,7 @@ def train(
                 said = f"step {progress.step:>4} of {steps}  loss {loss:.3f}"
                 say(f"{said}  {progress.seconds:5.0f} s")
             due = time.perf_counter() - last_kept > SECONDS
-            if keep and (progress.step % every == 0 if every else due):
+            if keep and crew.main and (progress.step % every == 0 if every else due):
                 keep.save(progress.step, snapshot(named, optimizer, scaler, progress))
                 last_kept = time.perf_counter()
     model.eval()
@@ -226,15 +226,15 @@ def train(
 def backward(work, chosen, spec, progress, pad_id, say) -> torch.Tensor:
     """Put the gradient of a step's loss into the parameters; return the loss.
 
-    Out of memory, the step is begun again with half as many rows at once. The loss is divided by
-    the labels of the whole step, so the effective batch stays what it was.
+    Each process runs its share of the rows; the loss is divided by the labels of the whole step.
+    Out of memory, it is begun again with half as many rows at once and the same effective batch.
     """
     labels = sum(label != IGNORE for row in chosen for label in row["labels"][1:]) or 1
-    random_state = random_states()
+    mine, random_state = processes().share(chosen), random_states()
     while True:
         parts = [
-            collate(chosen[i : i + progress.at_once], pad_id, spec.packing)
-            for i in range(0, len(chosen), progress.at_once)
+            collate(mine[i : i + progress.at_once], pad_id, spec.packing)
+            for i in range(0, len(mine), progress.at_once)
         ]
         loss, full = 0.0, False
         try:
@@ -243,9 +243,9 @@ def backward(work, chosen, spec, progress, pad_id, say) -> torch.Tensor:
         except torch.OutOfMemoryError:
             full = True  # left here: the exception holds on to the tensors that filled the memory
         if not full:
-            progress.tokens += sum(part.tokens for part in parts)
+            progress.tokens += sum(len(row["input_ids"]) for row in chosen)
             progress.trained_tokens += labels
-            return loss
+            return processes().sum_up(loss, work.parameters)
         restore_random(random_state)
         if work.give_up():
             continue
@@ -254,7 +254,7 @@ def backward(work, chosen, spec, progress, pad_id, say) -> torch.Tensor:
                 "Out of memory with a single row: turn checkpointing on, shorten max_length, or "
                 "load the base in 4 bits (quantization='nf4')."
             )
-        progress.at_once = math.ceil(min(progress.at_once, len(chosen)) / 2)
+        progress.at_once = math.ceil(min(progress.at_once, len(mine)) / 2)
         say(f"out of memory: {progress.at_once} rows at once from here on, {len(chosen)} a step")
 
 
