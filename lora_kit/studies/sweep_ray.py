@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from lora_kit.errors import BadInputError, NotAvailableError
 from lora_kit.studies.calls import call, obey_t4_rules, threads
 from lora_kit.studies.jobs import Job, Outcome
 
-STARTS = 3  # Ray gives its own processes 15 s to come up, which a busy machine may not keep
+STARTS = 3  # a busy machine may need more than one, see _surroundings
+SETTINGS = ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+GRAMMAR = "rfc3987_syntax"
 PASSED_ON = ("LORA_KIT_T4_RULES", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 STAYS = [".git", ".venv", "runs", "figures", "build", ".cache", "*.part", "__pycache__"]
 
@@ -110,16 +113,15 @@ def ray_pool(jobs: int | None = None, address: str | None = None) -> RayPool:
     """
     if jobs is not None and jobs < 1:
         raise BadInputError(f"jobs must be at least 1, not {jobs}.")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:
-        # Ray's name for it tells of other systems; it means: listen on the loopback address only.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    try:
-        import ray
-    except ImportError:
-        raise NotAvailableError("ray is not installed: pip install -r requirements.txt.") from None
+    with _surroundings(address is None):
+        try:
+            import ray
+        except ImportError:
+            raise NotAvailableError("Ray is not installed: see requirements.txt.") from None
+        return _connected(ray, jobs, address)
 
+
+def _connected(ray, jobs: int | None, address: str | None) -> RayPool:
     variables = {n: os.environ[n] for n in PASSED_ON if n in os.environ} | threads(1)
     options = {
         "runtime_env": {
@@ -135,6 +137,37 @@ def ray_pool(jobs: int | None = None, address: str | None = None) -> RayPool:
     gpus = int(there.get("GPU", 0))
     slots = jobs or gpus or int(there.get("CPU", 1))
     return RayPool(slots, gpus > 0, own=address is None)
+
+
+@contextlib.contextmanager
+def _surroundings(own: bool) -> Iterator[None]:
+    """What Ray reads when it is imported and started. own: it will be started here.
+
+    Its six processes give up when they are not all there after 15 s, and two thirds of what
+    `import ray` takes goes into a grammar of internet addresses: jsonschema builds it where
+    JupyterLab has brought that package, and does without where it is missing. So it is missing
+    for Ray, which checks no addresses.
+    """
+    old = {k: os.environ.get(k) for k in (*SETTINGS, "PYTHONPATH")}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    hidden = own and "jsonschema" not in sys.modules and GRAMMAR not in sys.modules
+    if own:
+        # Ray's name for it tells of other systems; it means: listen on the loopback address only.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        folder = store.home() / "ray"
+        store.write_text(folder / f"{GRAMMAR}.py", "raise ImportError('not needed by Ray')\n")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), old["PYTHONPATH"] or ""])
+    if hidden:
+        sys.modules[GRAMMAR] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[GRAMMAR]
+        for name, value in old.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _connect(ray, address: str | None, jobs: int | None, options: dict[str, Any]) -> None:

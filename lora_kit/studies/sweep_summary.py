@@ -76,12 +76,18 @@ def draw_summary(
 
     Returns:
         The figure; None where there is nothing to draw.
+
+    Raises:
+        UnknownNameError: a metric the table does not have.
     """
     import matplotlib.pyplot as plt
 
     names = [c for c in table.columns if c not in COLUMNS]
     varied = [n for n in names if table[n].map(repr).nunique() > 1]
     chosen = list(metrics or [])
+    for name in chosen:
+        if name not in set(table["metric"]):
+            raise unknown_name("metric", name, set(table["metric"]))
     if not chosen:
         spread = table.groupby("metric", sort=False)["mean"].nunique()
         chosen = [m for m in table["metric"].unique() if spread[m] > 1][:PANELS]
