@@ -111,6 +111,29 @@ def test_the_logits_of_a_row_do_not_depend_on_its_neighbours(folder):
         assert difference < 1e-5
 
 
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_of_every_kind_of_heads(way, groups):
+    """Grouped, multi-query and plain heads, torch's attention and the eager one: a step's logits
+    are the whole sequence's last ones, and transformers' own calls are answered as before."""
+    from serve_models import llama
+
+    from lora_kit.serve.decoder import Decoder
+
+    options = {"num_key_value_heads": groups, "attn_implementation": way}
+    model, prompts = llama(**options), [[1, 2, 3, 4], [9, 8], [5, 6, 7]]
+    with torch.inference_mode():
+        whole = [model(torch.tensor([[*p, 11, 12]])).logits[0, -1] for p in prompts]
+        decoder = Decoder(model, AdapterPool(model).mixed)
+        decoder.prefill(prompts, [None] * 3)
+        for token in (11, 12):
+            logits = decoder.step([token] * 3, [None] * 3)
+        again = [model(torch.tensor([[*p, 11, 12]])).logits[0, -1] for p in prompts]
+    for row, expected, later in zip(logits, whole, again, strict=True):
+        assert (row - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert torch.equal(expected, later)
+
+
 def test_pieces_add_up_and_come_before_the_end(engine, alone):
     handle = ask(engine, "all4")
     first = next(iter(handle))

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from lora_kit.errors import BadInputError
+from lora_kit.serve.attention import NAME as ROW_ATTENTION
+from lora_kit.serve.attention import use_row_attention
 from lora_kit.serve.cache import RowCache
 from lora_kit.serve.mixed import MixedLora
 
@@ -19,7 +21,8 @@ class Decoder:
     """A model, its adapters and the rows it is writing.
 
     Args:
-        model: a causal language model of transformers with plain causal attention.
+        model: a causal language model of transformers with plain causal attention; where that is
+            torch's (sdpa), it is given `attention`, which answers alike for all other callers too.
         mixed: its adapters; a row's key names one of them, or is None.
 
     Raises:
@@ -38,6 +41,7 @@ class Decoder:
             )
         if getattr(config, "final_logit_softcapping", None):
             raise BadInputError("This model caps its logits, which this engine does not do.")
+        use_row_attention(model)
         self.model, self.mixed = model, mixed
         self.layers, self.head = model.get_decoder(), model.get_output_embeddings()
         weight = model.get_input_embeddings().weight
@@ -93,7 +97,8 @@ class Decoder:
     def _forward(self, ids: torch.Tensor, at: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """(rows, tokens, hidden). allowed (1 or rows, 1, tokens, reach): where a token looks."""
         mask = allowed
-        if self.model.config._attn_implementation != "sdpa":  # eager attention adds its mask
+        if self.model.config._attn_implementation not in ("sdpa", ROW_ATTENTION):
+            # Eager attention adds its mask.
             mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
             mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
         return self.layers(

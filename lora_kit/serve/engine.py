@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_kit.errors import BadInputError, BusyError, LoraKitError
+from lora_kit.serve import handle as handle_module
 from lora_kit.serve.decoder import Decoder, draw
 from lora_kit.serve.handle import Finished, Handle, Request, check_request
 from lora_kit.serve.pool import AdapterPool
@@ -217,7 +218,7 @@ class Engine:
                     continue
                 if rows > 1 and rows * max(longest, _whole_length(head)) > self.max_tokens_total:
                     # Short ones may pass a long one that finds no room, but not for ever.
-                    late = time.perf_counter() - head.submitted > PATIENCE_SECONDS
+                    late = head.age > PATIENCE_SECONDS
                     skipped |= set(adapters) if late else {adapter}
                     continue
                 key = self._acquire(adapter)
@@ -271,7 +272,7 @@ class Engine:
             self._prefill(joining[:half])
             self._prefill(joining[half:])
             return
-        began = time.perf_counter()
+        began = handle_module.clock()
         new = []
         for handle, key in joining:
             generator = None
@@ -328,7 +329,7 @@ class Engine:
     def _take(self, row: _Row, token: int) -> None:
         """Add a token to a row's answer; end the row where it ends."""
         if row.first is None:
-            row.first = time.perf_counter()
+            row.first = handle_module.clock()
         if token in self._ends and not row.handle.request.ignore_eos:
             self._end(row, "stop")
             return
@@ -360,7 +361,7 @@ class Engine:
 
     def _tell(self, handle: Handle, reason: str, error: str | None, row: _Row | None) -> None:
         self._counts[f"ended_{reason}"] += 1
-        start, now = handle.submitted, time.perf_counter()
+        start, now = handle.submitted, handle_module.clock()
         handle.end(
             Finished(
                 text="" if row is None else row.said,
