@@ -153,7 +153,7 @@ def run_cell(parameters: dict[str, Any], seed: int, folder: Path) -> Record:
     }
     return new_record(
         STUDY,
-        "lora-kit sweep leakage --grid benchmarks/grids/leakage.yaml",
+        f"lora-kit sweep leakage --grid benchmarks/grids/leakage{'-cpu' * bool(most)}.yaml",
         parameters={"part": "leakage", **values},
         metrics=metrics
         | letters
