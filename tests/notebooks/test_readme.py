@@ -140,6 +140,14 @@ def what_is_named_exists(command: str, options: dict) -> None:
     if notebook and options.get("parameter"):
         pairs = dict(p.split("=", 1) for p in options["parameter"])
         runner.check_parameters(notebook, runner.parse_parameters(str(notebook), pairs))
+    if command == "sweep":
+        from lora_kit.studies.sweep_grid import cells_of, names_of, read_grid
+        from lora_kit.studies.sweep_targets import find_target, fixed_parameters
+
+        target, grid = find_target(options["target"]), read_grid(options["grid"])
+        texts = dict(p.split("=", 1) for p in options["parameter"] or [])
+        fixed = fixed_parameters(target, texts, options["file"], names_of(grid))
+        cells_of(target, grid, [0], fixed)
     if command == "fetch":
         from lora_kit.errors import unknown_name
         from lora_kit.models import MODELS
@@ -184,6 +192,37 @@ def check_paths(words: list[str]) -> list[str]:
     return [f"there is no {path}" for path in paths if not (ROOT / path).exists()]
 
 
+def check_launch(words: list[str]) -> list[str]:
+    """torchrun and `accelerate launch`, with `-m lora_kit`: read by their own parsers."""
+    if words[:1] == ["launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        parser, words = launch_command_parser(), words[1:]
+    else:
+        from torch.distributed.run import get_args_parser
+
+        parser = get_args_parser()
+    try:
+        given = parser.parse_args(words)
+    except SystemExit:
+        return [f"{shlex.join(words)} is not what the launcher takes"]
+    if not given.module or given.training_script != "lora_kit":
+        return ["what is launched is not -m lora_kit"]
+    return check_lora_kit(given.training_script_args)
+
+
+def check_ray(words: list[str]) -> list[str]:
+    from ray.scripts.scripts import cli as ray_cli
+
+    if words[:1] != ["start"]:
+        return [f"ray {shlex.join(words)} starts nothing"]
+    try:
+        ray_cli.commands["start"].make_context("start", list(words[1:]))
+    except Exception as e:  # click's own errors
+        return [f"ray {shlex.join(words)}: {getattr(e, 'message', e)}"]
+    return []
+
+
 def check_export(words: list[str]) -> list[str]:
     names = [w.split("=")[0] for w in words]
     return [f"{name} is a setting that nothing reads" for name in names if not known_setting(name)]
@@ -197,6 +236,9 @@ CHECKS = {
     "git": check_git,
     "cd": check_cd,
     "export": check_export,
+    "torchrun": check_launch,
+    "accelerate": check_launch,
+    "ray": check_ray,
     "python": check_paths,
     "python3": check_paths,
     "source": lambda words: [] if words == [".venv/bin/activate"] else check_paths(words),
@@ -298,6 +340,14 @@ def test_python_block_fits_the_package(code):
         ("python -m pip install -r nothing.txt", "no nothing.txt"),
         ("python benchmarks/nothing.py", "no benchmarks/nothing.py"),
         ("git clone https://github.com/somebody/else", "does not clone"),
+        ("lora-kit sweep addition --grid nothing.yaml", "no grid nothing.yaml"),
+        ("lora-kit sweep 97 --grid benchmarks/grids/rank.yaml", "Unknown target"),
+        ("lora-kit sweep addition --grid benchmarks/grids/rank.yaml -p stepz 3", "'steps'"),
+        ("torchrun --nproc-pre-node 2 -m lora_kit doctor", "not what the launcher takes"),
+        ("torchrun --nproc-per-node 2 lora_kit", "not -m lora_kit"),
+        ("accelerate launch -m lora_kit finetun", "no command finetun"),
+        ("ray start --heads", "--heads"),
+        ("ray stop", "starts nothing"),
         ("cd nowhere", "no nowhere"),
         ("export LORA_KIT_HOUSE=/x", "nothing reads"),
         ("LORA_KIT_HOUSE=/x make demo", "nothing reads"),
