@@ -159,6 +159,11 @@ def test_grid_files_are_what_the_code_says():
     folder = Path(__file__).parent.parent / "benchmarks" / "grids"
     for name, text in grid_text(SHAPE).items():
         assert (folder / name).read_text(encoding="utf-8") == text, f"--write-grid renews {name}"
+        assert [cell_from(s, 0) for s in yaml.safe_load(text)]
+    assert [c.to_dict() for c in paper_cells()] == [
+        cell_from(s, 0).to_dict()
+        for s in yaml.safe_load((folder / "saha2024_llama-3.2-1b.yaml").read_text(encoding="utf-8"))
+    ]
     settings = yaml.safe_load((folder / "specialists.yaml").read_text(encoding="utf-8"))
     assert settings == [s for some in blocks(SHAPE).values() for s in some]
     cells = [cell_from(s, 0) for s in settings]

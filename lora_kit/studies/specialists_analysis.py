@@ -271,7 +271,8 @@ def collapse(frame: pd.DataFrame, value: str = "loss", seed: int = 0, draws: int
 
     def residual(of: np.ndarray, x: np.ndarray) -> float:
         x = (x - x.mean()) / (x.std() or 1.0)
-        return float(((of - np.polyval(np.polyfit(x, of, 3), x)) ** 2).sum())
+        cubic = np.vander(x, 4)  # lstsq, not polyfit: a resample may have few different x
+        return float(((of - cubic @ np.linalg.lstsq(cubic, of, rcond=None)[0]) ** 2).sum())
 
     def best(rows: np.ndarray) -> float:
         errors = [residual(y[rows], step[rows] + g * rank[rows]) for g in GAMMAS]
@@ -279,8 +280,7 @@ def collapse(frame: pd.DataFrame, value: str = "loss", seed: int = 0, draws: int
 
     everything = np.arange(len(y))
     gamma, rng = best(everything), np.random.default_rng(seed)
-    with np.errstate(all="ignore"):
-        drawn = [best(rng.choice(everything, len(y))) for _ in range(draws)]
+    drawn = [best(rng.choice(everything, len(y))) for _ in range(draws)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     total = float(((y - y.mean()) ** 2).sum())
 

@@ -191,10 +191,34 @@ def grid_text(shape: Architecture) -> dict[str, str]:
     small |= {"max_length": 128}
     for rank, scaling in ((8, "fixed"), (8, "stabilised")):
         quick.append(f"- {_yaml({**small, 'rank': rank, 'scaling': scaling})}")
-    return {
-        "specialists.yaml": "\n".join(lines) + "\n",
-        "specialists_quick.yaml": "\n".join(quick) + "\n",
-    }
+    texts = {"specialists.yaml": lines, "specialists_quick.yaml": quick}
+    for model in ("llama-3.2-1b", "qwen2.5-1.5b", "llama-3.2-3b"):
+        texts[f"saha2024_{model}.yaml"] = _paper_lines(model)
+    return {name: "\n".join(some) + "\n" for name, some in texts.items()}
+
+
+def _paper_lines(model: str) -> list[str]:
+    """saha2024's own grid for one model as a sweep's settings, each with what it should take."""
+    from lora_kit.architectures import architecture
+    from lora_kit.studies.specialists import DEFAULTS, paper_cells
+
+    cells = paper_cells(f"{model}-instruct")
+    plans = [plan_cell(cell, architecture(model)) for cell in cells]
+    training, tests = (sum(getattr(p, f"{n}_minutes") for p in plans) for n in ("training", "test"))
+    lines = [
+        f"# saha2024's grid for {model}-instruct on a T4, from the hub: code, mathematics, text.",
+        f"#   {SWEEP.format(f'saha2024_{model}.yaml')} --seeds 1 -o runs/saha2024_{model}",
+        f"# Planned for one seed: {training:.0f} minutes of training, {tests:.0f} of tests (all of",
+        "# HumanEval, ten programs a problem; of GSM8K, five completions; of CNN/DailyMail's",
+        "# validation rows and HellaSwag). A cell that would not fit is skipped with the reason.",
+    ]
+    for cell, plan in zip(cells, plans, strict=True):
+        row = plan.row()
+        told = {k: v for k, v in cell.to_dict().items() if v != DEFAULTS.get(k) and k != "seed"}
+        minutes = plan.training_minutes + plan.test_minutes
+        lines.append(f"# {row['GiB as run']} GiB, {minutes:.0f} minutes")
+        lines.append(f"- {_yaml(told)}")
+    return lines
 
 
 def _yaml(setting: dict) -> str:
