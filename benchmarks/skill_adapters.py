@@ -1,7 +1,9 @@
 """The small adapters shipped in data/adapters: train each, round it to fp16, measure it.
 
     python benchmarks/skill_adapters.py --device cuda --jobs 8     # all eight side by side
-    python benchmarks/skill_adapters.py --skills sorting           # one, on a CPU: some 15 minutes
+    python benchmarks/skill_adapters.py --skills sorting           # one, on a CPU: some minutes
+
+Skills that carry (addition, subtraction) take ten times as many steps as the others: on a GPU.
 
 Each skill has the recipe `<skill>-small` and a process of its own. What is measured is the adapter
 as it was read back from its fp16 file: greedy answers to held-out rows, and the base's answers to
@@ -206,6 +208,7 @@ def one_skill(args, skill: str) -> None:
             base, said = accuracy(loaded, test)
     words = ["python", "benchmarks/skill_adapters.py", "--device", args.device]
     words += ["--skills", skill, "--steps", str(steps)]
+    words += ["--test-rows", str(args.test_rows)] if args.test_rows < len(result.test) else []
     words += ["--seed", str(args.seed)] if args.seed else []
     record = new_record(
         "05_adapter_swapping",
