@@ -12,6 +12,7 @@ import pytest
 
 from lora_kit import store
 from lora_kit.errors import BadInputError, BusyError, NotAvailableError, UnknownNameError
+from lora_kit.studies.jobs import Clock, Job, Outcome, run_jobs
 from lora_kit.studies.records import read_record, read_records
 from lora_kit.studies.sweep import sweep
 from lora_kit.studies.sweep_targets import TARGETS, find_target
@@ -245,19 +246,60 @@ def test_two_sweeps_into_one_folder_do_not_meet(run, tmp_path):
 # Time -------------------------------------------------------------------------------------------
 
 
-def test_a_budget_leaves_whole_settings(run):
-    """Each run takes 0.3 s and more: two seeds of a setting are begun together or not at all."""
-    grid = {"RANK": [1, 2, 3, 4, 5, 6, 7, 8]}
-    fixed = {"SECONDS": 0.3}
-    run({"RANK": [1]}, fixed=fixed)  # a worker's start belongs to nobody's time
-    done, _ = run(grid, fixed=fixed, budget=8)
-    by_setting = [sum(r.parameters["RANK"] == rank for r in done.records) for rank in range(1, 9)]
-    assert set(by_setting) <= {0, 2}, by_setting
-    assert by_setting == sorted(by_setting, reverse=True)  # in the grid's order
-    assert len(done.records) + len(done.left) == 16
-    done, _ = run(grid, fixed=fixed)
-    assert len(done.records) == 16
-    assert not done.left
+class Scripted(Clock):
+    """An engine whose jobs take ten seconds of its own clock, each as long as it runs."""
+
+    passed = 0.0
+
+    def __init__(self, budget, slots, fails=()):
+        super().__init__(budget)
+        self.slots, self.fails, self.running, self.order = slots, set(fails), [], []
+
+    def start(self, job):
+        assert len(self.running) < self.slots
+        self.running.append((self.passed + 10, job))
+        self.order.append(job.name)
+
+    def wait(self, seconds):
+        ends, job = self.running.pop(0)
+        self.passed = ends
+        error = "no" if job.name in self.fails else None
+        return [(job, Outcome(error=error, seconds=10))]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("slots", "budget", "settings"), [(1, 45, 2), (1, 35, 1), (2, 35, 3), (4, 35, 6), (3, None, 8)]
+)
+def test_a_budget_leaves_whole_settings(slots, budget, settings):
+    """Of eight settings of two seeds: none is begun that would not end in time as a whole."""
+    jobs = [Job(f"{group}{seed}", "", group=str(group)) for group in range(8) for seed in "ab"]
+    scripted = Scripted(budget, slots)
+    ended = run_jobs(jobs, scripted, scripted, say=pytest.fail)
+    assert scripted.order == [job.name for job in jobs[: 2 * settings]]
+    assert list(ended.done) == scripted.order
+    assert ended.left == [job.name for job in jobs[2 * settings :]]
+    assert scripted.closed
+
+
+def test_a_setting_that_was_begun_before_is_finished_seed_by_seed():
+    scripted = Scripted(25, 1)
+    scripted.note(Job("x", ""), 10)
+    ended = run_jobs([Job("0b", "", group="0")], scripted, scripted, begun=["0"])
+    assert list(ended.done) == ["0b"]
+    late = Scripted(9, 1)
+    late.note(Job("x", ""), 10)
+    assert run_jobs([Job("0b", "", group="0")], late, late, begun=["0"]).left == ["0b"]
+
+
+def test_jobs_wait_for_what_they_need():
+    jobs = [Job("b", "", needs=("a",)), Job("a", ""), Job("d", "", needs=("c",)), Job("c", "")]
+    scripted = Scripted(None, 1, fails=["c"])
+    ended = run_jobs(jobs, scripted, scripted)
+    assert scripted.order == ["a", "b", "c", "c"]
+    assert (list(ended.failed), ended.left, ended.attempts["c"]) == (["c"], ["d"], 2)
 
 
 def test_what_outlasts_the_budget_is_cut_off_and_taken_up(run, monkeypatch):

@@ -70,9 +70,9 @@ class LocalPool:
         job, worker.job = worker.job, None
         if job is None:  # died while idle
             return []
-        took = time.monotonic() - worker.begun
         if said is not None:
-            return [(job, Outcome(seconds=took, **said))]
+            return [(job, Outcome(**said))]
+        took = time.monotonic() - worker.begun
         code = worker.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         last = (tail(job.log) if job.log else "") or tail(worker.log)

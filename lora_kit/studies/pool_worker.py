@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from queue import Queue
 
@@ -27,7 +28,9 @@ def main() -> None:
     while True:
         job = json.loads(lines.get())
         _print_to(job["log"], own)
+        begun = time.monotonic()  # here, so that no job is charged with this process's start
         said = call(job["function"], job["arguments"])
+        said["seconds"] = time.monotonic() - begun
         _print_to(None, own)
         answers.write(json.dumps(said, allow_nan=False) + "\n")
         answers.flush()
