@@ -73,10 +73,10 @@ RERUNS: dict[str, tuple[Rerun, ...]] = {
     "saha2024": (
         Rerun(
             "rank and placement",
-            "benchmarks/lora_placement.py; notebook 02",
-            "one cell",
-            "the grid, SmolLM2-135M",
-            "Llama-3.2-1B on the paper's tasks",
+            "lora-kit sweep specialists; notebooks 02 and 07",
+            "the question, 0.25M weights",
+            "the grid, SmolLM2-135M; Llama-3.2-1B, a cell at a time",
+            "the paper's whole grid",
         ),
         Rerun(
             "code", "lora_kit.evaluate, sandboxed HumanEval", "a few problems", "164 problems", ""
