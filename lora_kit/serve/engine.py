@@ -256,6 +256,7 @@ class Engine:
             return False
 
     def _prefill(self, joining: list[tuple[Handle, str | None]]) -> None:
+        began = handle_module.clock()
         try:
             logits = self.decoder.prefill(
                 [h.prompt_ids for h, _ in joining], [k for _, k in joining]
@@ -272,7 +273,6 @@ class Engine:
             self._prefill(joining[:half])
             self._prefill(joining[half:])
             return
-        began = handle_module.clock()
         new = []
         for handle, key in joining:
             generator = None
