@@ -21,14 +21,10 @@ model (safetensors, or the GGUF file) and LORA_KIT_DATA the rows.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from queue import Empty, Queue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,7 +47,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny numbers, to try the road")
     parser.add_argument("--out", type=Path, default=Path("data/results") / STUDY)
     parser.add_argument("--work", type=Path, default=Path("runs/forgetting"), help="taught models")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.part.split(",")) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
@@ -64,10 +59,7 @@ def main() -> None:
     args = arguments()
     if args.device == "cuda":
         os.environ["LORA_KIT_T4_RULES"] = "1"
-    if args.worker:
-        work(json.loads(args.worker))
-        return
-    started = time.perf_counter()
+    started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     jobs = plan(args)
@@ -77,7 +69,7 @@ def main() -> None:
         return
     failed = side_by_side(args, jobs, prepare(args), started)
     missing = [job["name"] for job in plan(args) if not job["done"]]
-    print(f"{time.perf_counter() - started:.0f} s in all; {len(missing)} cells missing")
+    print(f"{time.monotonic() - started:.0f} s in all; {len(missing)} cells missing")
     if missing:
         print("missing: " + ", ".join(missing))
     if failed:
@@ -140,123 +132,55 @@ def prepare(args) -> str:
     return str(unpacked(args.model or NAME, args.work / NAME))
 
 
-class Worker:
-    """A child process that takes one job a line and answers one line a job."""
-
-    def __init__(self, number: int, args, model: str, answers: Queue) -> None:
-        self.number, self.job, self.begun = number, None, 0.0
-        options = {"model": model, "out": str(args.out), "work": str(args.work)}
-        options |= {"quick": args.quick, "device": args.device, "teach_steps": args.teach_steps}
-        command = [sys.executable, __file__, "--device", args.device]
-        environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
-        if args.jobs > 1:
-            threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-            environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        self.log = args.work / f"worker{number}.log"
-        self.process = subprocess.Popen(
-            [*command, "--worker", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(self.log, "w"),
-            text=True,
-            env=environment,
-        )
-        threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
-
-    def _listen(self, answers: Queue) -> None:
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                answers.put((self, json.loads(line)))
-        answers.put((self, None))  # it has ended
-
-    def give(self, job: dict) -> None:
-        self.job, self.begun = job, time.perf_counter()
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-
-
 def side_by_side(args, jobs: list[dict], model: str, started: float) -> list[str]:
-    """Give each free worker the first job whose needs are met; return the names that failed."""
-    answers: Queue = Queue()
-    waiting = [job for job in jobs if not job["done"]]
-    done = {job["name"] for job in jobs if job["done"]}
-    workers = [Worker(i, args, model, answers) for i in range(min(args.jobs, len(waiting)))]
-    alive, failed, took = list(workers), [], {}
-    while waiting or any(w.job for w in alive):
-        passed = time.perf_counter() - started
-        for worker in [w for w in alive if w.job is None]:
-            for job in waiting:
-                ends = passed + max(took.get(job["kind"], [0]))
-                in_time = args.budget is None or ends < args.budget
-                if in_time and (job["needs"] is None or job["needs"] in done):
-                    waiting.remove(job)
-                    worker.give(job)
-                    break
-        if not any(w.job for w in alive):  # nothing runs, so nothing waiting can ever start
-            break
-        try:
-            left = None if args.budget is None else max(0.1, args.budget + 5 - passed)
-            worker, said = answers.get(timeout=left)
-        except Empty:
-            print("the budget is spent: what still runs is cut off", flush=True)
-            break
-        passed, job = time.perf_counter() - started, worker.job
-        if said is None:
-            alive.remove(worker)
-            said = {"failed": "its process ended", "line": ""}
-            if job is None:
-                continue
-        worker.job = None
-        seconds = time.perf_counter() - worker.begun
-        if said.get("failed"):
-            failed.append(job["name"])
-            tail = "".join(worker.log.read_text().splitlines(keepends=True)[-12:])
-            print(f"{passed:5.0f} s  {job['name']} FAILED: {said['failed']}\n{tail}", flush=True)
-            continue
-        done.add(job["name"])
-        took.setdefault(job["kind"], []).append(seconds)
-        print(f"{passed:5.0f} s  {job['name']} ({seconds:.0f} s): {said['line']}", flush=True)
-    for worker in workers:
-        worker.process.kill()
-        worker.process.wait()
-    return failed
+    """Run what is not done in warm processes, each job once its needs are met; the names that
+    failed, twice."""
+    from lora_kit.studies.jobs import Clock, Job, run_jobs
+    from lora_kit.studies.pool import local_pool
+
+    options = {"model": model, "out": str(args.out), "work": str(args.work)}
+    options |= {"quick": args.quick, "device": args.device, "teach_steps": args.teach_steps}
+    clock = Clock(args.budget, started)
+
+    def on_end(job, outcome, again: bool) -> None:
+        what = f"{clock.passed:5.0f} s  {job.name}"
+        if outcome.error is None:
+            print(f"{what} ({outcome.seconds:.0f} s): {outcome.value}", flush=True)
+        else:
+            said = "failed, and again" if again else "FAILED"
+            last = "\n".join(outcome.traceback.splitlines()[-12:])
+            print(f"{what} {said}: {outcome.error}\n{last}", flush=True)
+
+    waiting = [
+        Job(
+            name=job["name"],
+            function=f"{Path(__file__).resolve()}:work",
+            arguments={"job": job, "options": options},
+            kind=job["kind"],
+            needs=(job["needs"],) if job["needs"] else (),
+            log=args.work / "logs" / f"{job['name']}.log",
+        )
+        for job in jobs
+        if not job["done"]
+    ]
+    engine = local_pool(args.work / "logs", args.jobs, args.device, most=len(waiting))
+    done = [job["name"] for job in jobs if job["done"]]
+    return list(run_jobs(waiting, engine, clock, done, on_end=on_end).failed)
 
 
-# ------------------------------------------------------------------ a worker
+# ------------------------------------------------------------------ in a process of the pool
 
 
-def work(options: dict) -> None:
-    import torch
-
-    from lora_kit.hardware import hold_to_t4_rules
-
-    if hold_to_t4_rules():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # a T4 has no fused attention of cuDNN either
-    import gc
-    import traceback
+def work(job: dict, options: dict) -> str:
     from dataclasses import replace
 
     from lora_kit.studies.forgetting_jobs import QUICK, Scale, Setting, run_job
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print belongs into the log
     scale = QUICK if options["quick"] else Scale()
     if options["teach_steps"]:
         scale = replace(scale, teach_steps=options["teach_steps"])
     folders = Path(options["out"]), Path(options["work"])
-    setting = Setting(options["model"], *folders, options["device"], scale)
-    for line in sys.stdin:
-        job = json.loads(line)
-        print(f"--- {job['name']}", flush=True)
-        try:
-            said = {"line": run_job(job, setting)}
-        except Exception as error:  # a cell that fails must not take the others with it
-            traceback.print_exc()
-            said = {"failed": f"{type(error).__name__}: {error}"}
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        answers.write(json.dumps(said) + "\n")
-        answers.flush()
+    return run_job(job, Setting(options["model"], *folders, options["device"], scale))
 
 
 if __name__ == "__main__":
