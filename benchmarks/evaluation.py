@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("--model", help="folder of the default model; else fetched")
+    parser.add_argument("--only", choices=("hellaswag", "mmlu"), help="one of the two")
     parser.add_argument("--limit", type=int, help="HellaSwag items (cuda 1000, cpu 40)")
     parser.add_argument("--subjects", type=int, help="MMLU subjects (cuda 8, cpu 2)")
     parser.add_argument("--questions", type=int, help="of each subject (cuda 100, cpu 16)")
@@ -65,6 +66,8 @@ def main() -> None:
             ("hellaswag", ["hellaswag"], 0, args.limit),
             ("mmlu", [f"mmlu_{s}" for s in SUBJECTS[: args.subjects]], 5, args.questions),
         ):
+            if args.only not in (None, name):
+                continue
             found[name] = side_by_side(name, requests(tasks, shots, limit), loaded, args)
             found[name]["shots"] = shots
             print(f"{time.perf_counter() - started:5.0f} s  {name} done", flush=True)
