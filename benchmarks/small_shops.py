@@ -6,8 +6,8 @@
 One JSON a run goes into `data/results/08_small_shops`, and what has its record is not run again.
 Parts: *classical* (majority, fuzzy, TF-IDF, embeddings on every task, all test rows), *curve*
 (TF-IDF with logistic regression by number of labelled pairs), *model* (zero-shot and one-shot),
-*tuned* (LoRA, short). The language model answers few rows here, so its intervals are wide; the
-sizes for a GPU are in `benchmarks/grids/shop.yaml`.
+*tuned* (LoRA, 12 steps of 8 rows), *longer* (40 steps). The language model answers few rows here,
+so its intervals are wide; the sizes for a GPU are in `benchmarks/grids/shop.yaml`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PARTS = {
         {"task": "match_random", "method": method, **FEW} for method in ("zero-shot", "one-shot")
     ],
     "tuned": [{"task": "match_random", "method": "tuned", "steps": 12, "batch_size": 8, **FEW}],
+    "longer": [{"task": "match_random", "method": "tuned", "steps": 40, "batch_size": 8, **FEW}],
 }
 
 

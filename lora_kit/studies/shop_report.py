@@ -157,11 +157,11 @@ def costs(records: Sequence[Record], task: str) -> list[dict]:
     return lines
 
 
-def curve(records: Sequence[Record], task: str, method: str) -> dict[str, list[tuple]]:
+def curve(records: Sequence[Record], task: str, method: str, **wanted) -> dict[str, list[tuple]]:
     """{part: [(rows learnt from, estimate), …]} of a method by number of training rows; 0 (all)
-    stands under the number it was."""
+    stands under the number it was. `wanted` keeps settings with these values ("steps"=200)."""
     found: dict[str, list[tuple]] = {part: [] for part in ASKED}
-    for s in settings(records, method=method):
+    for s in settings(records, method=method, **wanted):
         if not s.has(f"{task}_inside"):
             continue
         counts = [_learnt(r.parameters, task) for r in s.records]
