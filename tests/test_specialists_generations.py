@@ -279,3 +279,35 @@ def test_tests_of_a_cell():
         "words",
         "humaneval",
     ]  # the others have no data here
+
+
+def test_the_papers_sets_are_read_as_the_hub_has_them(tmp_path, monkeypatch, write_rows):
+    """Small copies of MATH's, Dolly's and CNN/DailyMail's layout: rows, prompts, references."""
+    monkeypatch.setenv("LORA_KIT_DATA", str(tmp_path))
+    problem = {"level": "Level 1", "type": "Algebra"}
+    write_rows(
+        tmp_path / "math" / "train.jsonl.gz",
+        [
+            problem | {"problem": f"Find {n}.", "solution": rf"It is $\boxed{{{n}}}$."}
+            for n in range(6)
+        ]
+        + [problem | {"problem": "Prove it.", "solution": "Clear."}],
+    )
+    learnt, held = task_rows("math", 100, 100, 0)
+    assert len(learnt) + len(held) == 6  # a proof has no answer to match
+    assert all(r["prompt"].startswith("Question: Find") for r in learnt)
+    assert all("\n#### " in r["completion"] for r in learnt)
+    dolly = {"instruction": "Who?", "response": "She."}
+    kinds = ["closed_qa", "information_extraction", "brainstorming", "closed_qa"]
+    write_rows(
+        tmp_path / "dolly" / "train.jsonl.gz",
+        [dolly | {"context": f"Text {i}.", "category": k} for i, k in enumerate(kinds)],
+    )
+    learnt, held = task_rows("text", 100, 100, 0)
+    assert len(learnt) + len(held) == 3
+    assert "### Input:\nText" in learnt[0]["prompt"]
+    news = {"id": "a1", "article": "word " * 5000, "highlights": "Short."}
+    write_rows(tmp_path / "cnn_dailymail" / "validation.jsonl.gz", [news])
+    (item,) = TESTS["news"].items()
+    assert item["references"] == ["Short."]
+    assert len(item["prompt"]) < 6500 < len(item["article"])
