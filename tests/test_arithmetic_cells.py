@@ -3,10 +3,12 @@
 import random
 
 import pytest
+import torch
 
 from lora_kit import store
 from lora_kit.arithmetic import in_form, operands
 from lora_kit.errors import BadInputError, UnknownNameError
+from lora_kit.lora import read_adapter
 from lora_kit.skills import draw_skill
 from lora_kit.studies import arithmetic_cells, arithmetic_scores
 from lora_kit.studies.arithmetic_cells import (
@@ -185,6 +187,8 @@ def test_self_improvement_learns_from_answers_that_agree(tiny_folder, tmp_path, 
         assert row["true_among_kept"] >= row["kept"] - 10
     kept = store.read_json(tmp_path / "round-01" / "round.json")["kept"]
     assert sum(bool(text) for text in kept) == told[0]["kept"]
+    one, two = (read_adapter(tmp_path / f"round-0{j}").tensors for j in (1, 2))
+    assert any(not torch.equal(one[k]["lora_B"], two[k]["lora_B"]) for k in one), "a round trains"
     # A second call takes the finished rounds from the folder.
     fresh, _ = arithmetic_cells.tuned(values, 0, tmp_path, rows)
     assert improve(values, 0, tmp_path, fresh, rows, say=lambda _: None) == told
