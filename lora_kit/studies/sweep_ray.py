@@ -183,7 +183,8 @@ def _connect(ray, address: str | None, jobs: int | None, options: dict[str, Any]
     cores = max(jobs or 1, detect().cores)
     for again in range(STARTS):
         try:
-            ray.init(num_cpus=cores, include_dashboard=False, **options)
+            # "local": its own, even where a killed run has left the address of a dead one behind.
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
             return
         except Exception as e:
             ray.shutdown()
