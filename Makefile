@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 # Two tests at a time, one thread each, is faster on two cores than one test with two threads.
 WORKERS ?= 2
 QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+NBMAKE = LORA_KIT_PARAMS=smoke LORA_KIT_FIGURES=$(CURDIR)/runs/nbmake/figures $(QUIET) \
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test unit papermill nbmake model lab notebooks lint clean
+.PHONY: help install demo test unit papermill solutions nbmake model lab notebooks lint clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +26,7 @@ install: $(VENV)/.installed  ## Create .venv with the pinned packages
 demo: install  ## Run notebooks 00-05 on this machine and write runs/demo/index.html
 	$(BIN)/lora-kit demo -o runs/demo
 
-test: unit papermill nbmake  ## Run everything: the three below, in this order
+test: unit papermill solutions  ## Run everything: the three below, in this order
 
 unit: install model  ## Run style checks and unit tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -33,9 +35,12 @@ unit: install model  ## Run style checks and unit tests
 papermill: install model  ## Run every notebook with small parameters through lora-kit run
 	$(QUIET) $(BIN)/python -m pytest -n $(WORKERS) -m notebook tests
 
-nbmake: install model  ## Run every notebook and every solution with small parameters under nbmake
-	LORA_KIT_PARAMS=smoke LORA_KIT_FIGURES=$(CURDIR)/runs/nbmake/figures $(QUIET) \
-	  $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n $(WORKERS) notebooks
+# `papermill` has run the course's notebooks with the same small parameters: `test` does not again.
+solutions: install model  ## Run every solution with small parameters under nbmake
+	$(NBMAKE) notebooks/solutions
+
+nbmake: install model  ## The same for every notebook and every solution
+	$(NBMAKE) notebooks
 
 model: install  ## Bring the default model into the cache
 	$(BIN)/lora-kit fetch smollm2-135m-instruct
