@@ -44,7 +44,7 @@ async def complete(service, request, asked, prompts, most, chat, said=None) -> R
         finish(i, one)
     for one in ended:
         if one.reason not in protocol.REASONS:
-            raise _ended_badly(one)
+            raise _ended_badly(service, one)
     choices = [
         protocol.choice(chat, i, one.text, protocol.REASONS[one.reason])
         for i, one in enumerate(ended)
@@ -125,7 +125,7 @@ async def _stream(service: Service, handles, counts, head, with_usage, finish):
             finish(i, one)
             written += _written(one)
             if one.reason not in protocol.REASONS:
-                yield protocol.event(_ended_badly(one).body)
+                yield protocol.event(_ended_badly(service, one).body)
                 return
             last = protocol.piece(chat, i, None, protocol.REASONS[one.reason])
             yield protocol.event({**frame, "choices": [last]})
@@ -150,10 +150,11 @@ def _cancel(handles) -> None:
         handle.cancel()
 
 
-def _ended_badly(one) -> Refusal:
+def _ended_badly(service: Service, one) -> Refusal:
     if one.reason == "deadline":
         return Refusal(504, "The completion took longer than this server allows.", "deadline")
     if one.reason == "cancelled":
         return Refusal(499, "The request was cancelled.", "cancelled")
     said = getattr(one, "error", None)
-    return Refusal(500, str(said or "The completion failed; others were not harmed."), "failed")
+    told = service.without_folder(str(said or "The completion failed; others were not harmed."))
+    return Refusal(500, told, "failed")

@@ -202,7 +202,7 @@ async def _answer_refusal(_request, error: Refusal) -> Response:
 
 async def _answer_error(request, error: LoraKitError) -> Response:
     service = request.app.state.service
-    return _response(refusal_of(error, service.limits.retry_seconds))
+    return _response(refusal_of(service, error))
 
 
 async def _answer_http(_request, error: HTTPException) -> Response:

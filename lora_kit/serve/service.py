@@ -57,6 +57,12 @@ class Service:
     def names(self) -> list[str]:
         return sorted(self.pool.names())
 
+    def without_folder(self, text: str) -> str:
+        """A message with the adapter folder's own path left out: it is no client's business."""
+        for folder in (self.folder.resolve(), self.folder):
+            text = text.replace(f"{folder}/", "")
+        return text
+
     def adapter_of(self, model: str, prompt) -> str | None:
         """The adapter that `model` names; None for the base.
 
@@ -119,13 +125,13 @@ def unload_adapter(service: Service, name: str) -> None:
     service.pool.remove(name)
 
 
-def refusal_of(error: LoraKitError, retry_seconds: int = 1) -> Refusal:
+def refusal_of(service: Service, error: LoraKitError) -> Refusal:
     """The HTTP answer to one of the kit's own errors."""
-    message = " ".join(str(error).split())
+    message = service.without_folder(" ".join(str(error).split()))
     if isinstance(error, UnknownNameError):
         return Refusal(404, message, "not_found")
     if type(error).__name__ == "BusyError":
-        return Refusal(429, message, "server_full", retry_after=retry_seconds)
+        return Refusal(429, message, "server_full", retry_after=service.limits.retry_seconds)
     if isinstance(error, NotAvailableError):
         return Refusal(404, message, "not_found")
     if isinstance(error, BadInputError):
