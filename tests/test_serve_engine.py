@@ -223,10 +223,13 @@ def test_cancelled_running_and_waiting(folder, tokenizer, alone):
 
 
 def test_deadlines_running_and_waiting(folder, tokenizer):
+    long = {"max_tokens": 1900, "ignore_eos": True}
     with engine_over(tokenizer, folder, max_rows=1) as engine:
-        running = ask(engine, "all4", max_tokens=1900, ignore_eos=True, deadline_s=0.4)
-        waiting = ask(engine, "one", deadline_s=0.2)
-        assert waiting.result(10).reason == "deadline"
+        holds = ask(engine, "all4", **long)
+        assert ask(engine, "one", deadline_s=0.05).result(10).reason == "deadline"
+        holds.cancel()
+        assert holds.result(10).reason == "cancelled"  # so it had the row all the while
+        running = ask(engine, "all4", deadline_s=0.4, **long)
         assert running.result(10).reason == "deadline"
         assert running.result(1).tokens
         assert ask(engine, "one").result(10).reason in ("length", "stop")
