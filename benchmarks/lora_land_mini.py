@@ -163,7 +163,12 @@ def prepare(args, scratch: Path) -> str:
     """The folder of the default model, under the model's own name."""
     from lora_kit.models import unpacked
 
-    return str(unpacked(args.model or NAME, scratch / NAME))
+    named = scratch / NAME
+    found = unpacked(args.model or NAME, named)
+    if args.model is None:  # the cache's folder has the version in its name
+        named.symlink_to(found)
+        return str(named)
+    return str(found)
 
 
 def repeat(args) -> list[str]:
