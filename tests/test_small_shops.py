@@ -254,3 +254,23 @@ def test_committed_records_are_of_the_study():
     for record in read_records(shop_cells.STUDY):
         assert set(DEFAULTS) <= set(record.parameters)
         assert record.seed is not None
+
+
+def test_a_trial_gives_way_to_the_whole_and_tuned_runs_are_told_apart():
+    records = shop_report.read_study()
+    shown = {s.parameters["steps"] for s in shop_report.standing(records, "match_random", "tuned")}
+    names = [line["method"] for line in shop_report.quality(records, "match_random")]
+    assert len(names) == len(set(names))
+    assert shown >= {120, 500}
+    (zero_shot,) = shop_report.standing(records, "match_random", "zero-shot")
+    assert zero_shot.records[0].metrics["match_random_inside"].n > 60
+    found = shop_report.paired(records, "match", "inside", "tfidf", "tuned", 0, steps=300)
+    (tuned,) = [
+        r for r in records if r.seed == 0 and {"task": "match", "steps": 300, "train_rows": 0}.items()
+        <= r.parameters.items() and r.parameters["learning_rate"] == 1e-3
+    ]  # fmt: skip
+    free = [r for r in records if r.seed == 0 and r.parameters["method"] == "tfidf"]
+    (free,) = [r for r in free if r.parameters["train_rows"] == 0 and "match_inside" in r.metrics]
+    apart = tuned.metrics["match_inside"].value - free.metrics["match_inside"].value
+    assert found.value == pytest.approx(apart, abs=0.02)  # the interval's centre is bootstrapped
+    assert shop_report.paired(records, "match", "inside", "tfidf", "tuned", 0, steps=7) is None

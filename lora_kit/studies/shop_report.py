@@ -84,27 +84,38 @@ def settings(records: Iterable[Record], **wanted) -> list[Setting]:
     return sorted(made, key=lambda s: (METHODS.index(s.method), s.parameters["train_rows"]))
 
 
+def standing(records: Iterable[Record], task: str, method: str) -> list[Setting]:
+    """A method's settings that have answered a task, of those with one label the one that was asked
+    most: a trial gives way to the whole."""
+    found: dict[str, Setting] = {}
+    for s in settings(records, method=method, train_rows=0):
+        if s.has(f"{task}_inside"):
+            other = found.setdefault(label(s), s)
+            found[label(s)] = max(other, s, key=lambda x: _items(x, task))
+    return list(found.values())
+
+
 def quality(records: Sequence[Record], task: str) -> list[dict]:
-    """One line a method that has answered a task: score inside and outside, seeds, hardware; a line
-    that says NO_RECORD, with the command, for a method that has not."""
+    """One line a setting that has answered a task: score inside and outside, seeds, questions;
+    one that says NO_RECORD for a method that has not."""
     lines = []
     for method in METHODS:
-        found = [
-            s
-            for s in settings(records, method=method)
-            if s.has(f"{task}_inside") and s.parameters["train_rows"] == 0
-        ]
+        found = standing(records, task, method)
         for s in found:
             line = {"method": label(s)}
             for part in ASKED:
                 e = s.estimate(f"{task}_{part}")
                 line[part] = f"{e.value:.3f} [{max(0, e.low):.3f}, {min(1, e.high):.3f}]"
-            items = s.records[0].metrics[f"{task}_inside"].n
-            lines.append(line | {"seeds": str(len(s.records)), "questions": f"{items:,}"})
+            asked = f"{_items(s, task):,}"
+            lines.append(line | {"seeds": str(len(s.records)), "questions": asked})
         if not found and not (task == "extract" and method in ("fuzzy", "embedding")):
             lines.append({"method": method, "inside": NO_RECORD} | dict.fromkeys(
                 ("outside", "seeds", "questions"), ""))  # fmt: skip
     return lines
+
+
+def _items(setting: Setting, task: str) -> int:
+    return setting.records[0].metrics[f"{task}_inside"].n
 
 
 def missing(records: Sequence[Record]) -> list[str]:
@@ -121,17 +132,19 @@ def missing(records: Sequence[Record]) -> list[str]:
 
 
 def label(setting: Setting) -> str:
-    """A method in words: a model's with its steps."""
+    """A method in words: a tuned model's with its steps; "all tasks": one adapter for all."""
     p = setting.parameters
     if setting.method == "tuned":
         steps = f"{p['steps']} steps" if p["steps"] else "an epoch"
         name = "LoRA" if p["quantization"] == "none" else "QLoRA"
-        return f"{name}, {steps}" + (", oswal" if p["recipe"] == "oswal" else "")
+        recipe = ", oswal" if p["recipe"] == "oswal" else ""
+        return f"{name}, {steps}{recipe}" + (", all tasks" if p["task"] == "all" else "")
     return setting.method
 
 
 def costs(records: Sequence[Record], task: str) -> list[dict]:
-    """What each method costs: making it, 1,000 answers, memory, energy; "" where not measured."""
+    """What each method costs: making it, 1,000 answers, memory, energy (a CPU's; a GPU's was not
+    measured); "" where not measured."""
     lines = []
     for s in settings(records):
         if not s.has("seconds_per_1000") or s.parameters["train_rows"]:
@@ -142,6 +155,7 @@ def costs(records: Sequence[Record], task: str) -> list[dict]:
         held = s.values("method_bytes")[0] if s.has("method_bytes") else 0.0
         peak = max(r.peak_memory_bytes or 0 for r in s.records)
         seconds, busy = (min(s.values(f"{x}seconds_per_1000")) for x in ("", "cpu_"))
+        energy = f"{min(s.values('watt_hours_per_1000')):.2g}"
         lines.append(
             {
                 "method": label(s),
@@ -150,7 +164,7 @@ def costs(records: Sequence[Record], task: str) -> list[dict]:
                 "passed (s)": f"{seconds:.3g}",
                 "held (MB)": f"{held / 1e6:.1f}",
                 "process peak (MB)": f"{peak / 1e6:,.0f}",
-                "Wh for 1,000, assumed": f"{min(s.values('watt_hours_per_1000')):.2g}",
+                "Wh for 1,000, assumed": "" if s.records[0].hardware.get("gpu") else energy,
                 "on": s.hardware,
             }
         )
@@ -176,10 +190,10 @@ def _learnt(parameters: Mapping, task: str) -> int:
 
 
 def paired(
-    records: Sequence[Record], task: str, part: str, base: str, other: str, seed: int = 0
+    records: Sequence[Record], task: str, part: str, base: str, other: str, seed: int = 0, **wanted
 ) -> Estimate | None:
     """F1 of one method less another's on the questions both have answered (the first so many of one
-    seed's); None where a record is missing.
+    seed's); None where a record is missing. `wanted` keeps some of the other's runs ("steps"=300).
 
     Raises:
         BadInputError: the two were asked other questions.
@@ -193,6 +207,8 @@ def paired(
         for record in records:
             p = record.parameters
             if (p["method"], record.seed, p["train_rows"]) != (method, seed, 0):
+                continue
+            if method == other and any(p.get(k) != v for k, v in wanted.items()):
                 continue
             for item in record.tables.get("items", []):
                 if (item["task"], item["part"]) == (task, part):
