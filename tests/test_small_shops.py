@@ -265,10 +265,8 @@ def test_a_trial_gives_way_to_the_whole_and_tuned_runs_are_told_apart():
     (zero_shot,) = shop_report.standing(records, "match_random", "zero-shot")
     assert zero_shot.records[0].metrics["match_random_inside"].n > 60
     found = shop_report.paired(records, "match", "inside", "tfidf", "tuned", 0, steps=300)
-    (tuned,) = [
-        r for r in records if r.seed == 0 and {"task": "match", "steps": 300, "train_rows": 0}.items()
-        <= r.parameters.items() and r.parameters["learning_rate"] == 1e-3
-    ]  # fmt: skip
+    wanted = {"task": "match", "steps": 300, "train_rows": 0, "learning_rate": 1e-3}
+    (tuned,) = [r for r in records if r.seed == 0 and wanted.items() <= r.parameters.items()]
     free = [r for r in records if r.seed == 0 and r.parameters["method"] == "tfidf"]
     (free,) = [r for r in free if r.parameters["train_rows"] == 0 and "match_inside" in r.metrics]
     apart = tuned.metrics["match_inside"].value - free.metrics["match_inside"].value

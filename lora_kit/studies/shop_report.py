@@ -88,8 +88,8 @@ def standing(records: Iterable[Record], task: str, method: str) -> list[Setting]
     """A method's settings that have answered a task, of those with one label the one that was asked
     most: a trial gives way to the whole."""
     found: dict[str, Setting] = {}
-    for s in settings(records, method=method, train_rows=0):
-        if s.has(f"{task}_inside"):
+    for s in settings(records, method=method):
+        if s.has(f"{task}_inside") and s.parameters["train_rows"] == 0:
             other = found.setdefault(label(s), s)
             found[label(s)] = max(other, s, key=lambda x: _items(x, task))
     return list(found.values())
