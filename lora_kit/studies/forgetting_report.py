@@ -126,6 +126,20 @@ def read_settings(
     return found
 
 
+def three_states(
+    study: Study, skill: str, judge: str = "strict", centre: Cell = CENTRE
+) -> dict[int, tuple[float, float, float]]:
+    """{seed: accuracy as taught, through NF4, after QLoRA by the centre's recipe}, of the seeds that
+    have both records."""
+    key, found = f"{skill}_{judge}", {}
+    for cell, record in study.cells.items():
+        base = study.taught.get(cell.seed)
+        if cell.setting == centre.setting and base and f"{key}_after" in record.metrics:
+            before = (base.metrics[f"{key}_{which}"].value for which in ("taught", "nf4"))
+            found[cell.seed] = (*before, record.metrics[f"{key}_after"].value)
+    return dict(sorted(found.items()))
+
+
 def along(found: Sequence[Setting], name: str, centre: Cell = CENTRE) -> list[Setting]:
     """The settings that differ from the centre in one field at most, in the order of its values."""
     fields = ("rank", "learning_rate", "rows", "replay")
