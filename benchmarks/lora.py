@@ -93,6 +93,16 @@ def with_peft(model: nn.Module) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def frozen(model: nn.Module) -> nn.Module:
+    """The bare base with its weights frozen, as they are under an adapter.
+
+    Given the last hidden state of each row as a slice, torch multiplies by a head that requires a
+    gradient in one product and by a frozen one row by row (`aten::bmm`), which has nothing to do
+    with adapters: --thawed measures against the other base.
+    """
+    return model.requires_grad_(False)
+
+
 def train_step(model: nn.Module, ids: torch.Tensor, amp: bool):
     trainable = [p for p in model.parameters() if p.requires_grad]
 
@@ -198,6 +208,9 @@ def rows(options):
     def four(kind):
         return lambda model: in_four_bits(model, kind)
 
+    def bare(model):
+        return model if options.thawed else frozen(model)
+
     train = batch(*options.train)
     sides = {"ours": on(with_ours), "peft": on(with_peft)}
     yield compare("LoRA, dense base: forward + backward", sides, train_step, train, options)
@@ -210,7 +223,7 @@ def rows(options):
         name = f"inference, batch {count} x {length} tokens"
         sides = {"adapter": on(with_ours, mode="eval"), "peft": on(with_peft, mode="eval")}
         yield compare(f"{name}: ours against peft", sides, forward, ids, options)
-        sides = {"adapter": on(with_ours, mode="eval"), "bare": on(lambda m: m, mode="eval")}
+        sides = {"adapter": on(with_ours, mode="eval"), "bare": on(bare, mode="eval")}
         yield compare(f"{name}: over the bare base", sides, forward, ids, options)
 
 
@@ -235,6 +248,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, help="calls per round; 1 on a CPU, 10 on a GPU")
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--thawed", action="store_true", help="leave the bare base unfrozen")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.repeats = options.repeats or (10 if options.device == "cuda" else 1)

@@ -62,6 +62,11 @@ class LoraSpec:
             raise BadInputError("dora and init='pissa' cannot be combined: choose one.")
 
     @cached_property
+    def plain(self) -> bool:
+        """Whether the detour is s · B A x and nothing else: no magnitude, no starting factors."""
+        return not self.dora and self.init != "pissa"
+
+    @cached_property
     def scale(self) -> float:
         """s in y = W x + s · B A x."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -200,8 +205,17 @@ class LoRALinear(nn.Module):
                     "call unmerge_lora(model) first."
                 )
             return self.base_layer(x)
-        spec = self.specs[name]
-        a, b = self._modules["lora_A"]._parameters[name], self._modules["lora_B"]._parameters[name]
+        spec, parts = self.specs[name], self._modules
+        a, b = parts["lora_A"]._parameters[name], parts["lora_B"]._parameters[name]
+        base = parts["base_layer"]
+        simple = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
+        simple = simple and spec.plain and not torch.is_grad_enabled()
+        if simple and x.is_cpu and not self.training and not torch.is_autocast_enabled("cpu"):
+            # A generated token is a few microseconds of arithmetic a layer: every look counts.
+            weights = base._parameters
+            weight, bias = weights["weight"], weights["bias"]
+            if x.dtype == a.dtype == weight.dtype:
+                return adapted_product(x, weight, bias, a, b, spec.scale, self.may_fold)
         kind = "cpu" if x.is_cpu else x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -209,15 +223,10 @@ class LoRALinear(nn.Module):
         dropping = self.training and spec.dropout > 0
         if spec.dora or x.dtype != a.dtype:
             return self._plain_forward(x, a, b, spec, name, dropping)
-        base = self._modules["base_layer"]
-        simple = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
-        if simple and not torch.is_grad_enabled() and spec.init != "pissa" and not dropping:
-            # A generated token is a few microseconds of arithmetic a layer: every call counts.
+        if simple and not dropping:
             weights = base._parameters
-            weight, bias = weights["weight"], weights["bias"]
-            if weight.dtype == a.dtype and not x.is_cuda:
-                return adapted_product(x, weight, bias, a, b, spec.scale, self.may_fold)
-            return add_low_rank(F.linear(x, weight, bias), x, a, b, spec.scale)
+            out = F.linear(x, weights["weight"], weights["bias"])
+            return add_low_rank(out, x, a, b, spec.scale)
         if spec.init == "pissa" and not dropping:  # one detour of rank 2r: s · [B, −B₀] [A; A₀] x
             start_a, start_b = (start.to(x.dtype) for start in self.start(name))
             a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)

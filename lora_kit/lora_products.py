@@ -91,16 +91,18 @@ def adapted_product(x, weight, bias, a, b, scale: float, may_fold: bool = True) 
     Shapes: x (..., in), weight (out, in), a (rank, in), b (out, rank), one dtype. In half precision
     W + ΔW would lose a small ΔW to rounding: there, or with may_fold=False, nothing is folded.
     """
-    n_in, n_out = x.shape[-1], b.shape[0]
+    n_in = x.shape[-1]
     rows = x.numel() // n_in
+    if rows == 1:
+        out = F.linear(x, weight, bias)
+        out.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=scale)
+        return out
+    n_out = b.shape[0]
     if rows * (n_in + n_out) > n_in * n_out and may_fold and x.dtype in FOLDING:
         return F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
     out = F.linear(x, weight, bias)
-    if rows == 1:
-        out.view(-1).addmv_(b, torch.mv(a, x.reshape(-1)), alpha=scale)
-    else:
-        inner = x.reshape(-1, n_in).mm(a.t())
-        out.view(-1, n_out).addmm_(inner, b.t(), alpha=scale)
+    inner = F.linear(x.reshape(-1, n_in), a)
+    out.view(-1, n_out).addmm_(inner, b.t(), alpha=scale)
     return out
 
 

@@ -1,6 +1,7 @@
 """Mixed batches: every row as if its adapter had the batch to itself."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -252,15 +253,16 @@ def test_slots_are_used_again_and_pages_given_back(folders):
     mixed = MixedLora(llama())
     factors = mixed.factors(read_adapter(folders["all4"]))
     other = mixed.factors(read_adapter(folders["qv3"]))
-    for i in range(6):
+    whole = mixed.slots.page_slots
+    for i in range(whole + 2):
         mixed.put(f"a{i}", factors)
     mixed.put("other", other)
     pages = mixed.slots.pages[factors.shape]
-    assert [len(p.free) for p in pages] == [0, 2]
+    assert [len(p.free) for p in pages] == [0, whole - 2]
     mixed.drop("a2")
     mixed.put("again", factors)
     assert mixed.slots.at["again"] == (pages[0], 2)
-    for name in ("a4", "a5"):
+    for name in (f"a{whole}", f"a{whole + 1}"):
         mixed.drop(name)
     assert mixed.slots.pages[factors.shape] == [pages[0]]
     mixed.drop("other")
@@ -282,6 +284,53 @@ def test_dropping_forgets_what_was_stacked(folders):
         with mixed.rows(["x"]):
             assert not torch.equal(mixed.model(batch).logits, first)
     assert mixed.names == ["x"]
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_slot_used_again_never_answers_with_what_lay_there(folders, tokens):
+    """What a plan has cut out of a page must go with the adapter it was cut for."""
+    mixed = MixedLora(llama(), masked=False)
+    factors = {n: mixed.factors(read_adapter(folders[n])) for n in ("all4", "all4b", "all4c")}
+    for name in ("all4", "all4b"):
+        mixed.put(name, factors[name])
+    batch = ids(2, tokens)
+
+    def answer(*names):
+        with torch.inference_mode(), mixed.rows(list(names)):
+            return mixed.model(batch).logits.clone()
+
+    answer("all4", "all4b"), answer("all4b", "all4b")
+    page, slot = mixed.slots.at["all4b"]
+    mixed.drop("all4b")
+    mixed.put("all4b", factors["all4c"])  # another's numbers under the same name, in the same slot
+    assert mixed.slots.at["all4b"] == (page, slot)
+    fresh = MixedLora(llama(), masked=False)
+    for name, key in (("all4", "all4"), ("all4b", "all4c")):
+        fresh.put(name, factors[key])
+    for names in (["all4", "all4b"], ["all4b", "all4b"]):
+        with torch.inference_mode(), fresh.rows(names):
+            assert torch.equal(answer(*names), fresh.model(batch).logits)
+    kept = weakref.ref(page.b["model.layers.0.mlp.up_proj"])
+    for name in ("all4", "all4b"):
+        mixed.drop(name)
+    del page
+    assert kept() is None  # nor does a plan keep a page that nobody uses
+
+
+def test_slots_that_nobody_has_filled_are_not_read(folders):
+    mixed = MixedLora(llama(), masked=False)
+    for name in ("all4", "all4b", "all4c"):
+        mixed.put(name, mixed.factors(read_adapter(folders[name])))
+    page, slot = mixed.slots.at["all4b"]
+    mixed.drop("all4b")
+    for path in page.place:
+        for factor in page.slot(path, slot):
+            factor.fill_(float("nan"))
+        page.b[path][3:] = float("nan")
+    names, batch = ["all4", "all4c", None], ids(3, 1)
+    with torch.inference_mode(), mixed.rows(names):
+        together = mixed.model(batch).logits
+    close(together, alone("float32", folders, names, batch), 1e-5)
 
 
 def test_what_does_not_fit_is_refused(folders, tmp_path):

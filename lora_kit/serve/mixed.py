@@ -28,9 +28,9 @@ from lora_kit.serve.slots import Factors, Slots, site_of
 
 __all__ = ["Factors", "MixedLora"]
 
-# A page on a CPU is read slot by slot; on a GPU all its slots take part in one product, and fewer
-# pages are fewer products.
-PAGE_SLOTS = {"cpu": 4, "cuda": 32}
+# Fewer pages are fewer products. On a GPU all slots of a page take part in one; on a CPU only the
+# slots in play are read, and those that nobody has filled take no memory.
+PAGE_SLOTS = {"cpu": 16, "cuda": 32}
 PLANS_KEPT = 8
 
 
@@ -68,7 +68,8 @@ class MixedLora:
         place = model.get_input_embeddings().weight
         self.device, self.dtype = place.device, place.dtype
         self.masked = self.device.type != "cpu" if masked is None else masked
-        self.slots = Slots(PAGE_SLOTS.get(self.device.type, PAGE_SLOTS["cpu"]))
+        page_slots = PAGE_SLOTS.get(self.device.type, PAGE_SLOTS["cpu"])
+        self.slots = Slots(page_slots, zeroed=self.masked)
         self._plans: dict[tuple[str | None, ...], Batch] = {}
         self._now = threading.local()
         self._lock = threading.Lock()
@@ -134,7 +135,7 @@ class MixedLora:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._plans = [], {}
-        self.slots = Slots(self.slots.page_slots)
+        self.slots = Slots(self.slots.page_slots, self.slots.zeroed)
 
     def _known(self, name: str) -> None:
         if name not in self.slots.at:

@@ -50,21 +50,36 @@ class _Order:
     """How rows are gathered for the layers of some pages.
 
     parts: the products; gather: (n,) the row at each place, None where rows stand in order already;
-    back: (rows,) the place of each row's product, n for rows without one.
+    back: (rows,) the place of each row's product, n for rows without one, of which there are some
+    where `bare`.
     """
 
     parts: list[_Part]
     gather: torch.Tensor | None
     back: torch.Tensor
     places: int
+    bare: bool
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a layer does with these rows: their order, and for each of its parts the factors as the
+    product wants them, views into the page.
+
+    Of a part of one slot a is (r, in) and b (r, out), of several both are stacked. To cut the views
+    out anew for each token would take longer than to multiply them.
+    """
+
+    order: _Order
+    factors: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
 class Batch:
     """Whose rows these are, with what was worked out about them.
 
-    by_path: the pages that have a layer; orders, masks: made when first wanted; seen: what layers
-    that read one input share, (site, input, gathered rows or first products).
+    by_path: the pages that have a layer; orders, works, masks: made when first wanted; seen: what
+    layers that read one input share, (site, input, gathered rows or first products).
     """
 
     at: list[At]
@@ -72,6 +87,7 @@ class Batch:
     device: torch.device
     by_path: dict[str, list[Page]]
     orders: dict[tuple, _Order] = field(default_factory=dict)
+    works: dict[tuple[str, int], _Work] = field(default_factory=dict)
     masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
     seen: tuple | None = None
 
@@ -86,7 +102,6 @@ def plan_batch(at: Sequence[At], masked: bool, device: torch.device) -> Batch:
     return Batch(list(at), masked, torch.device(device), by_path)
 
 
-@torch.no_grad()
 def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.Tensor):
     """out + the rows' own detours at a layer; out itself where it may be written to.
 
@@ -95,6 +110,9 @@ def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.T
     pages = batch.by_path.get(path)
     if pages is None:
         return None
+    if torch.is_grad_enabled():  # a decorator would enter no_grad for every layer of every token
+        with torch.no_grad():
+            return add_detour(batch, path, site, x, out)
     if out.requires_grad or not out.is_contiguous():
         out = out.clone()
     product = _masked if batch.masked else _gathered
@@ -106,12 +124,13 @@ def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.T
 def _gathered(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> None:
     rows = len(batch.at)
     tokens = x.numel() // (x.shape[-1] * rows)
-    order = _order_of(batch, pages, tokens)
-    dtype = pages[0].b[path].dtype
-    flat = out.view(rows, -1)
+    work = batch.works.get((path, tokens))
+    if work is None:
+        work = batch.works[path, tokens] = _prepare(_order_of(batch, pages, tokens), path)
+    order, dtype = work.order, work.factors[0][1].dtype
     if len(order.parts) == 1 and order.gather is None:  # rows stand as the product wants them
-        part = order.parts[0]
-        _multiply(part, path, x.reshape(rows * tokens, -1).to(dtype), flat, add=True)
+        x = x if x.dtype == dtype else x.to(dtype)
+        _multiply(*work.factors[0], x, out, add=True)
         return
     key = (site, id(order))
     if batch.seen is not None and batch.seen[0] == key and batch.seen[1] is x:
@@ -120,31 +139,47 @@ def _gathered(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> 
         lined = x.reshape(rows, -1)
         some = (lined if order.gather is None else lined.index_select(0, order.gather)).to(dtype)
         batch.seen = (key, x, some)
-    made = torch.empty((order.places + 1, flat.shape[1]), dtype=dtype, device=x.device)
-    made[-1] = 0
-    for part in order.parts:
-        _multiply(part, path, some[part.start : part.stop], made[part.start : part.stop])
+    flat = out.view(rows, -1)
+    shape = (order.places + order.bare, flat.shape[1])
+    made = torch.empty(shape, dtype=dtype, device=x.device)
+    if order.bare:
+        made[-1] = 0
+    for part, (a, b) in zip(order.parts, work.factors, strict=True):
+        _multiply(a, b, some[part.start : part.stop], made[part.start : part.stop])
     flat.add_(made.index_select(0, order.back))
 
 
-def _multiply(part: _Part, path: str, x, out: torch.Tensor, add: bool = False) -> None:
-    """out = x Aᵀ B, or out += it; both of (rows of the part) × anything."""
-    site, number = part.page.place[path]
-    a = part.page.a[site][number, part.first : part.last]
-    b = part.page.b[path][part.first : part.last]
-    count = part.last - part.first
-    if count == 1:
-        hidden, to = x.view(-1, a.shape[2]).mm(a[0].t()), out.view(-1, b.shape[2])
-        if add and to.dtype == b.dtype:
-            to.addmm_(hidden, b[0])
+def _prepare(order: _Order, path: str) -> _Work:
+    factors = []
+    for part in order.parts:
+        site, number = part.page.place[path]
+        a = part.page.a[site][number, part.first : part.last]
+        b = part.page.b[path][part.first : part.last]
+        factors.append((a[0], b[0]) if part.last - part.first == 1 else (a, b))
+    return _Work(order, factors)
+
+
+def _multiply(a, b, x, out: torch.Tensor, add: bool = False) -> None:
+    """out = x Aᵀ B, or out += it; x and out hold the rows of a part, in any shape.
+
+    Shapes: a (r, in) and b (r, out), or (slots, r, in) and (slots, r, out).
+    """
+    add_in_place = add and out.dtype == b.dtype
+    if a.dim() == 2:
+        if add_in_place and x.numel() == a.shape[1]:  # one token: cheaper to call
+            out.view(-1).addmv_(b.t(), torch.mv(a, x.reshape(-1)))
+            return
+        hidden, to = x.reshape(-1, a.shape[1]).mm(a.t()), out.view(-1, b.shape[1])
+        if add_in_place:
+            to.addmm_(hidden, b)
         elif add:
-            to.add_(hidden.mm(b[0]))
+            to.add_(hidden.mm(b))
         else:
-            torch.mm(hidden, b[0], out=to)
+            torch.mm(hidden, b, out=to)
         return
-    hidden = x.view(count, -1, a.shape[2]).bmm(a.transpose(1, 2))
-    to = out.view(count, -1, b.shape[2])
-    if add and to.dtype == b.dtype:
+    hidden = x.reshape(len(a), -1, a.shape[2]).bmm(a.transpose(1, 2))
+    to = out.view(len(a), -1, b.shape[2])
+    if add_in_place:
         to.baddbmm_(hidden, b)
     elif add:
         to.add_(hidden.bmm(b))
@@ -177,10 +212,10 @@ def _line_up(batch: Batch, pages: list[Page], few: int) -> _Order:
                 gather += [rows[slot][0]] * (width - len(rows[slot]))
             parts.append(_Part(page, run[0], run[-1] + 1, width, start, len(gather)))
     places = len(gather)
-    as_they_are = gather == list(range(len(batch.at)))
+    as_they_are, bare = gather == list(range(len(batch.at))), min(back) < 0
     back = torch.tensor([places if b < 0 else b for b in back], device=batch.device)
     line = None if as_they_are else torch.tensor(gather, device=batch.device)
-    return _Order(parts, line, back, places)
+    return _Order(parts, line, back, places, bare)
 
 
 def _runs(rows: dict[int, list[int]], few: int) -> list[list[int]]:

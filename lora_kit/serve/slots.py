@@ -56,18 +56,23 @@ class Page:
     free: list[int]
 
     @classmethod
-    def like(cls, factors: Factors, slots: int) -> Page:
-        """An empty page for adapters of the shape of this one."""
+    def like(cls, factors: Factors, slots: int, zeroed: bool = True) -> Page:
+        """An empty page for adapters of the shape of this one.
+
+        zeroed: a product over all slots also meets those that nobody has filled. Without it they
+        hold whatever lay there, and on a CPU memory that is never written to is never taken.
+        """
         sites: dict[str, list[str]] = {}
         for path in factors.a:
             sites.setdefault(site_of(path), []).append(path)
         a, place = {}, {}
         for site, paths in sites.items():
             one = factors.a[paths[0]]
-            # Zeros: a product over all slots also meets those that nobody has filled.
-            a[site] = one.new_zeros((len(paths), slots, *one.shape))
+            a[site] = one.new_empty((len(paths), slots, *one.shape))
             place |= {path: (site, i) for i, path in enumerate(paths)}
-        b = {path: one.new_zeros((slots, *one.shape)) for path, one in factors.b.items()}
+        b = {path: one.new_empty((slots, *one.shape)) for path, one in factors.b.items()}
+        if zeroed:
+            torch._foreach_zero_([*a.values(), *b.values()])
         return cls(factors.rank, slots, a, b, place, list(range(slots)))
 
     def fill(self, slot: int, factors: Factors) -> None:
@@ -88,11 +93,11 @@ class Page:
 class Slots:
     """Adapters by name, in pages.
 
-    page_slots: how many a page takes.
+    page_slots: how many a page takes; zeroed: see `Page.like`.
     """
 
-    def __init__(self, page_slots: int):
-        self.page_slots = page_slots
+    def __init__(self, page_slots: int, zeroed: bool = True):
+        self.page_slots, self.zeroed = page_slots, zeroed
         self.pages: dict[tuple, list[Page]] = {}
         self.at: dict[str, tuple[Page, int]] = {}
 
@@ -103,7 +108,7 @@ class Slots:
         pages = self.pages.setdefault(factors.shape, [])
         page = next((p for p in pages if p.free), None)
         if page is None:
-            page = Page.like(factors, self.page_slots)
+            page = Page.like(factors, self.page_slots, self.zeroed)
             pages.append(page)
         slot = page.free[0]
         page.fill(slot, factors)
