@@ -25,6 +25,7 @@ from lora_kit.studies.forgetting_report import (
     read_benchmarks,
     read_settings,
     read_study,
+    three_states,
 )
 from lora_kit.studies.records import new_record, write_record
 
@@ -229,3 +230,18 @@ def test_a_taught_base_is_made_again_only_for_cells_that_are_missing(script, tmp
     given.out.mkdir()
     (given.out / f"map_{Cell().name}.json").write_text("{}")
     assert all(job["done"] for job in script.plan(given))
+
+
+def test_three_states_pair_the_taught_base_with_the_centre_of_its_seed(tmp_path):
+    tuned = cell_record(CENTRE, 45)
+    assert three_states(write(tmp_path, tuned), "addition") == {}  # no taught base of that seed
+    states = {"taught": 0.9, "nf4": 0.6}
+    metrics = {
+        f"addition_strict_{which}": {"value": v, "stderr": 0.0, "low": v, "high": v, "n": N}
+        for which, v in states.items()
+    }
+    base = new_record(
+        STUDY, "c", parameters={"part": "teach"}, metrics=metrics, seed=CENTRE.seed, seconds=1.0
+    )
+    found = three_states(write(tmp_path, tuned, base), "addition")
+    assert found == {CENTRE.seed: (0.9, 0.6, 0.45)}
