@@ -5,6 +5,7 @@
     python benchmarks/specialists.py --write-grid              # benchmarks/grids/specialists*.yaml
     python benchmarks/specialists.py --small                   # a CPU: ranks and scaling rules
     python benchmarks/specialists.py --tiny                    # a CPU: the whole question, 0.25M
+    python benchmarks/specialists.py --unstopped 200           # a CPU: the base's summaries
     python benchmarks/specialists.py --rescore runs/…/generations
 
 The grid itself runs as a sweep:
@@ -16,6 +17,8 @@ ranks 8, 16, 32 and 128 under the three scaling rules, twelve steps of eight row
 three seeds. One record a cell in data/results/07_specialists; what has its record is left alone, so
 that a run that was cut off carries on, with all seeds of a setting before the next. `--tiny` asks
 it of the shipped addition model, where every rank has every rule at every learning rate.
+`--unstopped` asks the untuned base for summaries again without the stop that the grid's have, an
+empty line, with which the base likes to begin.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", default="3e-4", help="with --small: learning rates")
     parser.add_argument("--budget", type=float, help="seconds: start no cell that would not end")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a name, or a folder")
+    parser.add_argument("--unstopped", type=int, help="so many summaries of the untuned base")
     parser.add_argument("--rescore", type=Path, help="a folder of stored generations")
     parser.add_argument("--into", type=Path, help="with --rescore: records that lack the scores")
     parser.add_argument("--out", type=Path, default=Path("data/results") / STUDY)
@@ -57,11 +61,12 @@ def main() -> None:
 
     args = arguments()
     ways = {"plan": plan, "write_grid": write_grid, "small": small, "tiny": tiny}
-    ways |= {"rescore": rescore}
+    ways |= {"unstopped": unstopped, "rescore": rescore}
     chosen = [way for name, way in ways.items() if getattr(args, name)]
     if not chosen:
         raise SystemExit(
-            "Say what to do: --plan, --write-grid, --small, --tiny or --rescore FOLDER."
+            "Say what to do: --plan, --write-grid, --small, --tiny, --unstopped N or "
+            "--rescore FOLDER."
         )
     try:
         for way in chosen:
@@ -157,6 +162,19 @@ def tiny(args) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     missing = run_tiny(args.out / "tiny_grid.json", range(args.seeds), budget=args.budget)
     print(f"{missing} cells are still missing")
+
+
+def unstopped(args) -> None:
+    import torch
+
+    from lora_kit.studies.records import write_record
+    from lora_kit.studies.specialists_measures import run_unstopped
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    command = f"python benchmarks/specialists.py --unstopped {args.unstopped}"
+    record = run_unstopped(args.model, args.unstopped, command)
+    write_record(record, args.out / "unstopped_dialogue.json")
+    print({name: getattr(value, "value", value) for name, value in record.metrics.items()})
 
 
 def record_of(folder: Path, path: Path) -> Path:

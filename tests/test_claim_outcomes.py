@@ -132,6 +132,7 @@ def test_measured_checks_follow_the_records(monkeypatch):
         measured.higher_rank_is_better,
         measured.tuning_lifts_most_tasks,
         measured.sums_degrade_with_length,
+        measured.adapters_hold_less_memory,
         counted.humaneval_problems,
         counted.ndcg_of_llama,
     ]
@@ -142,6 +143,12 @@ def test_measured_checks_follow_the_records(monkeypatch):
     monkeypatch.undo()
     cells = measured._placement()
     turned = {(p, r): cells[p, {2: 128, 8: 32, 32: 8, 128: 2}[r]] for p, r in cells}
+    assert "9 of 9 steps up" in measured.higher_rank_is_better().found
+    assert measured.higher_rank_is_better().verdict == NOT_REPRODUCED  # at α = 16 it is not better
+    monkeypatch.setattr(measured, "_paper_steps", lambda: (("all r32 to all r128, a", True),))
     assert measured.higher_rank_is_better().verdict == REPRODUCED
+    monkeypatch.setattr(measured, "_paper_steps", lambda: ())
+    assert measured.higher_rank_is_better().verdict == REPRODUCED
+    assert measured.both_placements_beat_one().verdict == REPRODUCED
     monkeypatch.setattr(measured, "_placement", lambda: turned)
     assert measured.higher_rank_is_better().verdict == NOT_REPRODUCED

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from lora_kit.errors import BadInputError, UnknownNameError
+from lora_kit.evaluate.statistics import proportion
 from lora_kit.studies.records import new_record, write_record
 from lora_kit.studies.specialists import SCALINGS, cell_from, scale_of
 from lora_kit.studies.specialists_analysis import (
@@ -18,18 +19,20 @@ from lora_kit.studies.specialists_analysis import (
     spread_rules,
     tuned,
     two_way,
+    whole_design,
 )
 from lora_kit.studies.specialists_generations import pack
 from lora_kit.studies.specialists_report import (
     NO_RECORD,
+    NOT_COMPARABLE,
     PAPER_TABLES,
     beside_paper,
     frame_of,
     interference,
     linked_claims,
     main_cells,
+    over_items,
     paper_setting,
-    pick_at_size,
     read_study,
 )
 
@@ -96,6 +99,17 @@ def test_a_design_with_holes_is_refused():
         two_way(frame[frame["rank"] == 8], "loss")
 
 
+def test_the_largest_design_without_holes_is_found():
+    frame = runs(lambda r, p: 0.0)
+    assert len(whole_design(frame)) == len(frame)
+    one = frame[~((frame["placement"] == "all") & (frame["rank"] == 8) & (frame["seed"] == 0))]
+    left = whole_design(one)  # two ranks on three placements, or three ranks on two: six either way
+    assert len(left) == 18
+    two_way(left, "loss")
+    assert whole_design(frame[frame["placement"] == "all"]).empty
+    assert whole_design(frame.iloc[:0]).empty
+
+
 def test_contrasts_of_two_settings_are_the_paired_t_test():
     frame = runs(lambda r, p: 0.1 * r, ranks=(1, 2), places=("all",), seeds=6, noise=0.05)
     frame["setting"] = [f"r{r}" for r in frame["rank"]]
@@ -126,6 +140,10 @@ def test_map_marks_what_differs_from_rank_16():
         frame[frame["rank"] == 32]["loss"].groupby(frame["placement"]).mean()["all"]
     )
     assert rank_map(frame[frame["seed"] == 0], "loss")[1] == set()
+    holes = frame[~((frame["placement"] == "mlp") & (frame["rank"] == 64))]
+    holes = holes[~((holes["placement"] == "attention") & (holes["rank"] == 16))]
+    holes = holes[~((holes["placement"] == "mlp") & (holes["rank"] == 32) & (holes["seed"] == 2))]
+    assert rank_map(holes, "loss")[1] == {("all", 32)}
 
 
 def test_slope_for_each_doubling():
@@ -219,10 +237,9 @@ def test_nothing_is_shown_as_nothing(tmp_path):
     for name in PAPER_TABLES:
         rows = beside_paper(name, frame)
         ours = [v for row in rows for k, v in row.items() if k.startswith("ours")]
-        assert set(ours) == {NO_RECORD, "not comparable"}
+        assert set(ours) == {NO_RECORD, NOT_COMPARABLE}
         assert main_cells(frame).empty
     assert interference(study) == []
-    assert {row["loss, gsm8k"] for row in pick_at_size(study)} == {NO_RECORD}
     with pytest.raises(UnknownNameError, match="code"):
         beside_paper("cod", frame)
 
@@ -240,7 +257,15 @@ def test_paper_rows_find_their_cells():
     assert row["Strict Match"] == "0.2388"
     assert row["ours, Strict Match"].startswith("0.2500 [0.2500")
     (large,) = [r for r in rows if r["row"] == "Llama-3.2-3B-Instruct"]
-    assert large["ours, Strict Match"] == "not comparable"
+    assert large["ours, Strict Match"] == NOT_COMPARABLE
+
+
+def test_a_floor_has_a_width():
+    zero = proportion(0, 500).to_metric()
+    some = [record(s, {"gsm8k strict": zero}, task="gsm8k") for s in range(3)]
+    shown = over_items(frame_of(some), "gsm8k strict")
+    assert shown == f"0.0000 [0.0000, {zero['high']:.4f}]"
+    assert over_items(frame_of(some[:1]), "gsm8k strict").endswith("(1 seed)")
 
 
 def test_skipped_and_foreign_files_are_told_apart(tmp_path):

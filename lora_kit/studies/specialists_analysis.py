@@ -115,6 +115,27 @@ def _check_design(frame: pd.DataFrame, value: str, factors: Sequence[str]) -> No
         )
 
 
+def whole_design(frame: pd.DataFrame, one: str = "rank", two: str = "placement") -> pd.DataFrame:
+    """Of runs with holes, those that `two_way` can take: the levels of `two` and of `one` whose
+    pairs all have every seed, the choice that keeps the most settings; empty where none has two
+    levels of each."""
+    from itertools import combinations
+
+    if frame.empty:
+        return frame
+    every = set(frame["seed"])
+    found = frame.groupby([two, one], observed=True)["seed"].agg(set)
+    full = {key for key, seeds in found.items() if seeds == every}
+    levels = sorted({place for place, _ in full})
+    best: tuple[int, tuple, list] = (0, (), [])
+    for size in range(2, len(levels) + 1):
+        for places in combinations(levels, size):
+            ranks = sorted(set.intersection(*({r for q, r in full if q == p} for p in places)))
+            if len(ranks) > 1 and size * len(ranks) > best[0]:
+                best = (size * len(ranks), places, ranks)
+    return frame[frame[two].isin(best[1]) & frame[one].isin(best[2])]
+
+
 @dataclass(frozen=True)
 class Contrast:
     """A setting against another: difference of means with its interval, p as it is and by Holm."""
@@ -182,14 +203,17 @@ def rank_map(
     frame: pd.DataFrame, value: str = "loss", against: int = 16
 ) -> tuple[pd.DataFrame, set[tuple[str, int]]]:
     """Means over seeds, placements × ranks, and the cells that differ from the rank `against` at
-    the same placement (p < 0.05 by Holm over the whole map; `contrasts`). None are marked while
-    the runs do not allow a test (one seed, or not every setting with every seed)."""
+    the same placement (p < 0.05 by Holm over the whole map; `contrasts`). Cells that lack a seed
+    or that rank beside them are shown and not tested; none are marked where nothing is left."""
     some = frame.dropna(subset=[value])
     means = some.pivot_table(index="placement", columns="rank", values=value)
+    seeds = some.groupby(["placement", "rank"])["seed"].transform("nunique")
+    some = some[seeds == seeds.max()]
+    there = set(zip(some["placement"], some["rank"], strict=True))
     named = some.assign(
         cell=[f"{p} {r}" for p, r in zip(some["placement"], some["rank"], strict=True)]
     )
-    keys = [(p, r) for p in means.index for r in means.columns if r != against]
+    keys = sorted((p, r) for p, r in there if r != against and (p, against) in there)
     pairs = [(f"{p} {r}", f"{p} {against}") for p, r in keys]
     try:
         found = contrasts(named, value, "cell", pairs)

@@ -136,3 +136,42 @@ def update_norms(model) -> dict[str, float]:
         "update_norm": (moved / whole) ** 0.5,
         "effective_rank": sum(ranks) / len(ranks) if ranks else 0.0,
     }
+
+
+def run_unstopped(model: str, items: int, command: str):
+    """The untuned base's summaries without the stop that the grid's have, an empty line.
+
+    The base begins most answers with one, so that in the grid it scores nothing. Here the empty
+    lines in front are dropped and the first paragraph is scored. Returns the record: ROUGE, and
+    the share of answers with an empty line in front (`empty in front`).
+    """
+    import time
+
+    from lora_kit.models import load_model
+    from lora_kit.studies.records import new_record
+    from lora_kit.studies.specialists import STUDY
+    from lora_kit.studies.specialists_generations import item_row, judge
+    from lora_kit.studies.specialists_tasks import TESTS
+
+    started, test = time.perf_counter(), TESTS["dialogue"]
+    rows, loaded = test.items()[:items], load_model(model)
+    prompts = [row["prompt"] for row in rows]
+    texts = write_answers(loaded.model, loaded.tokenizer, prompts, (), test.tokens, False, 0)
+    judged = judge(test, rows, [[first_paragraph(text)] for text in texts])
+    metrics = {f"dialogue {name}": mean.to_metric() for name, mean in judged.means.items()}
+    metrics["empty in front"] = sum(t.startswith("\n\n") for t in texts) / len(texts)
+    return new_record(
+        STUDY,
+        command,
+        parameters={"part": "unstopped", "task": "dialogue", "model": model, "items": len(rows)},
+        metrics=metrics,
+        tables={"items": [item_row(judged, name, test.version) for name in judged.means]},
+        seed=0,
+        seconds=time.perf_counter() - started,
+        model=loaded.record(),
+    )
+
+
+def first_paragraph(text: str) -> str:
+    """A text up to its first empty line, those in front left out."""
+    return text.lstrip().split("\n\n")[0]

@@ -17,7 +17,7 @@ from lora_kit.studies.records import Record, read_record
 from lora_kit.studies.specialists import GENERALIST, STUDY, TASKS_AT_HAND
 from lora_kit.studies.specialists_generations import unpack
 
-NO_RECORD = "no record yet"
+NO_RECORD, NOT_COMPARABLE = "not run", "–"
 SWEEP = "lora-kit sweep specialists --grid benchmarks/grids/specialists.yaml --seeds 3 --jobs 8"
 SMALL = "OMP_NUM_THREADS=1 python benchmarks/specialists.py --small"
 TINY = "OMP_NUM_THREADS=1 python benchmarks/specialists.py --tiny"
@@ -28,12 +28,14 @@ FIELDS += ("rows", "steps", "tests", "seed")
 @dataclass(frozen=True)
 class Study:
     """All records there are. grid: those of the sweep; small: held-out loss of the default model on
-    a CPU; tiny: the addition model's cells, a row each; skipped: settings the planner refused."""
+    a CPU; tiny: the addition model's cells, a row each; skipped: settings the planner refused;
+    unstopped: the base's summaries without the stop at an empty line."""
 
     grid: list[Record] = field(repr=False)
     small: list[Record] = field(repr=False)
     tiny: pd.DataFrame = field(repr=False)
     skipped: dict[str, str]
+    unstopped: Record | None = None
 
     def __str__(self) -> str:
         return (
@@ -54,7 +56,7 @@ def read_study(folder: Path | None = None) -> Study:
         CorruptFileError: a record that is none.
     """
     folder = (folder or store.repository() / "data" / "results") / STUDY
-    grid, small, tiny, skipped = [], [], [], {}
+    grid, small, tiny, skipped, unstopped = [], [], [], {}, None
     for path in sorted(folder.glob("*.json")):
         told = store.read_json(path)
         if not isinstance(told, dict) or not isinstance(told.get("parameters"), dict):
@@ -67,20 +69,25 @@ def read_study(folder: Path | None = None) -> Study:
             skipped[f"{record.parameters['task']} {record.parameters['part']}"] = reason
         elif part == "tiny":
             tiny += record.tables["cells"]
+        elif part == "unstopped":
+            unstopped = record
         elif "size" in record.parameters:
             small.append(record)
         else:
             grid.append(record)
-    return Study(grid, small, pd.DataFrame(tiny), skipped)
+    return Study(grid, small, pd.DataFrame(tiny), skipped, unstopped)
 
 
 def frame_of(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a run: what was asked (`FIELDS`, the learning rate as `rate`), and each metric's value.
-    Empty, with these columns, where there are no records."""
+    """A row a run: what was asked (`FIELDS`, the learning rate as `rate`), each metric's value, and
+    the ends of its interval over items (`… low`, `… high`) where it has one. Empty, with these
+    columns, where there are no records."""
     rows = []
     for record in records:
         row = {name: record.parameters.get(name) for name in FIELDS}
         row |= {k: getattr(v, "value", v) for k, v in record.metrics.items()}
+        spans = {k: v for k, v in record.metrics.items() if hasattr(v, "low")}
+        row |= {f"{k} {end}": getattr(v, end) for k, v in spans.items() for end in ("low", "high")}
         row["peak_memory"] = record.peak_memory_bytes
         rows.append(row)
     frame = pd.DataFrame(rows, columns=None if rows else list(FIELDS))
@@ -101,6 +108,18 @@ def over_seeds(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{mean:.4f} (1 seed)"
     return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def over_items(runs: pd.DataFrame, metric: str) -> str:
+    """Mean over seeds of a test's score, with the 95 % interval over items of one seed (the means
+    of the seeds' ends; Wilson's for shares, so that a score of 0 has a width). Over seeds where the
+    records have no intervals."""
+    some = runs.dropna(subset=[metric])
+    if f"{metric} low" not in some or some[f"{metric} low"].isna().any():
+        return over_seeds(some[metric].tolist())
+    mean, low, high = (float(some[f"{metric}{end}"].mean()) for end in ("", " low", " high"))
+    seeds = "" if len(some) > 2 else f" ({len(some)} seed{'s' * (len(some) > 1)})"
+    return f"{mean:.4f} [{low:.4f}, {high:.4f}]{seeds}"
 
 
 # ------------------------------------------------------------------ the paper's tables beside ours
@@ -143,8 +162,8 @@ def beside_paper(name: str, frame: pd.DataFrame) -> list[dict]:
     """One of the paper's four tables, each printed number with ours under it.
 
     Ours: the default model at the same rank and placement with α = 16, on the task that stands in
-    for the paper's; bases are those of 1B and 135 million parameters. 3B and Mistral have no
-    counterpart here.
+    for the paper's, with the interval over items; bases are those of 1B and 135 million parameters.
+    3B and Mistral have no counterpart here ("–").
 
     Raises:
         UnknownNameError: none of the four.
@@ -169,8 +188,9 @@ def beside_paper(name: str, frame: pd.DataFrame) -> list[dict]:
         comparable = heading == "Llama-3.2-1B-Instruct" or (setting and "3B" not in heading)
         for column, metric in columns.items():
             line[column] = printed.loc[heading, column]
-            values = some[metric].dropna().tolist() if metric in some else []
-            ours = over_seeds(values) if values else NO_RECORD if comparable else "not comparable"
+            ours = NO_RECORD if comparable else NOT_COMPARABLE
+            if metric in some and some[metric].notna().any():
+                ours = over_items(some, metric)
             line[f"ours, {column}"] = ours
         rows.append(line)
     return rows
@@ -187,6 +207,7 @@ def item_scores(record: Record, test: str, metric: str) -> list[float] | None:
     return None
 
 
+WAYS = ("base", "specialist", "routed", "generalist r16", "generalist r48")
 INTERFERENCE = {
     "gsm8k": "flexible",
     "words": "flexible",
@@ -208,9 +229,8 @@ class Ways:
 
     def row(self) -> dict:
         """One line of a table."""
-        names = ("base", "specialist", "routed", "generalist r16", "generalist r48")
         line: dict = {"test": self.test, "metric": self.metric}
-        for name in names:
+        for name in WAYS:
             text = f"{self.means[name]:.3f}" if name in self.means else NO_RECORD
             if gain := self.gains.get(name):
                 text += f" ({gain.low:+.3f} to {gain.high:+.3f})"
@@ -299,51 +319,19 @@ def _routed(study: Study, mains, bases, test: str, metric: str) -> np.ndarray | 
     return np.mean(found, axis=0) if found else None
 
 
-# ------------------------------------------------------------------ what to pick at a size
-
-
-def pick_at_size(study: Study) -> list[dict]:
-    """For each budget of bytes and placement: rank, bytes, and our held-out loss of each task."""
-    from lora_kit.architectures import architecture
-    from lora_kit.studies.specialists import size_table
-
-    frame = main_cells(frame_of(study.grid))
-    rows = []
-    for row in size_table(architecture("smollm2-135m")):
-        line = dict(row)
-        for task in TASKS_AT_HAND:
-            values: list[float] = []
-            if not frame.empty:
-                some = frame[(frame["task"] == task) & (frame["scaling"] == "stabilised")]
-                some = some[some["placement"] == row["placement"]]
-                values = some[some["rank"] == row["rank"]]["loss"].dropna().tolist()
-            line[f"loss, {task}"] = over_seeds(values) if values else NO_RECORD
-        rows.append(line)
-    return rows
-
-
-def serving_row(study: Study) -> dict[str, str]:
-    """Bytes and seconds of the ways to hold three specialists, from the `serve` cells."""
-    records = [r for r in study.grid if r.parameters["part"] == "serve"]
-    if not records:
-        return {}
-    names = [k for k in records[0].metrics if k.startswith(("bytes", "seconds"))]
-    return {name: f"{float(np.median([r.metrics[name] for r in records])):.4g}" for name in names}
-
-
 # ------------------------------------------------------------------ claims
 
 # Claims of the ledger that this study speaks to, and what of it does.
 LINKED = {
-    "saha2024-026": "the scale falls with the rank: sections 2 and 3",
-    "saha2024-035": "code, higher rank: table 1 and the map",
-    "saha2024-049": "mathematics, higher rank: table 4 and the map",
-    "saha2024-037": "both placements against one: the map",
-    "saha2024-054": "rank 128 against 32: the map",
-    "saha2024-056": "higher rank on our models: sections 3 and 4",
-    "saha2024-057": "placement on our models: the map",
-    "saha2024-004": "adapters for tasks: specialists and generalist",
-    "saha2024-003": "memory: specialists and generalist",
+    "saha2024-026": "the scale falls with the rank: sections 2 and 4",
+    "saha2024-035": "code, higher rank: table 1",
+    "saha2024-049": "mathematics, higher rank: table 4 and the paper's steps",
+    "saha2024-037": "both placements against one: the paper's steps, the map",
+    "saha2024-054": "rank 128 against 32: the paper's steps",
+    "saha2024-056": "higher rank on our models: sections 1 and 4",
+    "saha2024-057": "placement on our models: sections 1 and 4",
+    "saha2024-004": "adapters for tasks: section 5",
+    "saha2024-003": "memory: section 5",
 }
 
 

@@ -45,6 +45,29 @@ def _placement() -> dict[tuple[str, int], Record]:
     return {(r.parameters["placement"], r.parameters["rank"]): r for r in records("lora_placement")}
 
 
+@cache
+def _paper_steps() -> tuple[tuple[str, bool], ...]:
+    """saha2024's steps of rank and placement at its own α = 16, on language tasks: what each is of,
+    and whether ours rises beyond its interval (`studies.specialists_compare`)."""
+    from lora_kit.studies.specialists_compare import paper_steps
+    from lora_kit.studies.specialists_report import read_study
+
+    return tuple(
+        (f"{line['step']}, {line['score']}", s.up) for line, s in paper_steps(read_study())
+    )
+
+
+def _with_language(sums: Outcome, which: str | tuple[str, ...]) -> Outcome:
+    """The addition study's outcome beside that of the same steps on language tasks: both have to
+    say so, where both were run."""
+    ups = [up for name, up in _paper_steps() if name.startswith(which)]
+    if not ups:
+        return sums
+    found = f"addition, α = 2r: {sums.found}; language, α = 16: {sum(ups)} of {len(ups)} scores"
+    verdict = sums.verdict if all(ups) else NOT_REPRODUCED
+    return Outcome(verdict, f"{found} rise beyond the 95 % interval", sums.tolerance)
+
+
 @check
 def higher_rank_is_better() -> Outcome:
     cells = _placement()
@@ -54,7 +77,8 @@ def higher_rank_is_better() -> Outcome:
     for place, (low, high) in itertools.product(PLACEMENTS, itertools.pairwise(RANKS)):
         a, b = (cells[place, rank].metrics["accuracy"].value for rank in (low, high))
         cases[f"{place} r{low} to r{high} ({a:.2f} to {b:.2f})"] = b > a
-    return reproduced(cases, "steps up raise the accuracy, mean of 3 seeds")
+    sums = reproduced(cases, "steps up raise the accuracy, mean of 3 seeds")
+    return _with_language(sums, "all r32")
 
 
 @check
@@ -66,7 +90,8 @@ def both_placements_beat_one() -> Outcome:
     for rank, other in itertools.product(RANKS, PLACEMENTS[:2]):
         a, b = (cells[place, rank].metrics["accuracy"].value for place in (other, "all"))
         cases[f"{other} r{rank} ({a:.2f} against {b:.2f})"] = b > a
-    return reproduced(cases, "comparisons at the same rank, mean of 3 seeds")
+    sums = reproduced(cases, "comparisons at the same rank, mean of 3 seeds")
+    return _with_language(sums, ("attention r128", "mlp r128"))
 
 
 @check
@@ -134,6 +159,21 @@ def adapters_specialise_one_base() -> Outcome:
         a, b = record.metrics["base_accuracy"], record.metrics["accuracy"]
         cases[f"{record.parameters['skill']} ({a.value:.2f} to {b.value:.2f})"] = b.low > a.high
     return reproduced(cases, "skills rise beyond both intervals on one shared base")
+
+
+@check
+def adapters_hold_less_memory() -> Outcome:
+    """One base with three adapters against three models, by the bytes that were held."""
+    found = [r.metrics for r in records("07_specialists") if r.parameters.get("part") == "serve"]
+    if not found:
+        return awaited("07_specialists")
+    cases = {}
+    for number, m in enumerate(found):
+        adapters = (m["bytes base"] + m["bytes three adapters"]) / 1e6
+        models = m["bytes three models"] / 1e6
+        cases[f"run {number} ({adapters:.0f} MB against {models:.0f})"] = adapters < models
+    told = reproduced(cases, "runs: base and three adapters hold less than three models")
+    return Outcome(told.verdict, f"{told.found}; {adapters:.0f} MB against {models:.0f}")
 
 
 # ------------------------------------------------------------------ sums by length
