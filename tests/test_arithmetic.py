@@ -103,3 +103,25 @@ def test_edit_distance_is_rapidfuzz_and_by_hand():
     assert edit_distance("125", "125") == 0
     assert edit_distance("15", "125") == 1
     assert edit_distance("521", "125") == 2
+
+
+def test_reversed_sums_are_what_another_model_of_the_kit_learnt():
+    """The shipped models of `tinylm` write sums units first and were trained through other code: if
+    a form wrote, asked or read reversed sums wrongly, their answers would be wrong here."""
+    import torch
+
+    from lora_kit.tinylm import ALPHABET, STOP, encode_text, load_addition_model
+
+    model, form = load_addition_model(), find_form("reversed")
+    rows = in_form(list(draw_skill("addition", 2, 40, seed=1)), "reversed")
+    right = 0
+    for row in rows:
+        ids = encode_text(row["prompt"])
+        with torch.no_grad():
+            for _ in range(form.tokens(2)):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == STOP:
+                    break
+        text = "".join(ALPHABET[i] for i in ids[len(row["prompt"]) :])
+        right += form.read(text) == row["sum"]
+    assert right >= 36

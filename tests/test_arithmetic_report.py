@@ -102,16 +102,22 @@ def test_leakage_is_gathered_over_seeds(tmp_path):
             metrics={
                 "leaked_before": metric(0.25),
                 "leaked_after": metric(after),
-                "leaked_p": 0.5,
+                "leaked_difference": metric(after - 0.25),
+                "leaked_p": 0.5 - after / 4,
             },
             seed=seed,
             seconds=1.0,
         )
         write_record(made, tmp_path / MMLU / f"{seed}.json")
-    (row,) = leakage_rows(tmp_path)
+    row, *others = leakage_rows(tmp_path)
     assert (row["before"], row["after"], row["seeds"]) == ("0.250", "0.750", 2)
     assert row["asked"] == "leaked"
-    assert row["p"] == "0.5, 0.5"
+    assert row["least p"] == "0.25"
+    # 0.75 and 0.25: their mean, and Student's interval of two, 12.7 · 0.25 wide, holds 0.
+    assert row["change"] == "+0.500 (-2.677 to +3.677)"
+    assert {o["asked"] for o in others} == {NO_RECORD}, "what the grid has and no record says so"
+    assert len(others) == len(planned("leakage")) - 1
+    assert all(list(o) == list(row) for o in others)
 
 
 def test_committed_records_are_read():
@@ -122,3 +128,76 @@ def test_committed_records_are_read():
     ):
         for setting in read_settings(folder, defaults):
             assert setting.curve(), setting.label
+
+
+def scored(method, seed, bits, **changed):
+    """A record whose only sums are of 8 digits, right or wrong as `bits` say."""
+    right = bits.count("1") / len(bits)
+    row = {"digits": 8, "n": len(bits), "exact": right, "low": 0.0, "high": 1.0}
+    row |= {"digit_accuracy": right, "edit_distance": 0.0}
+    return new_record(
+        "10_arithmetic",
+        "lora-kit sweep",
+        parameters=DEFAULTS | {"method": method, **changed},
+        metrics={},
+        tables={
+            "lengths": [row],
+            "items": [{"digits": 8, "scores": bits}],
+            "places": [{"digits": 8, "place": 0, "n": len(bits), "right": right}],
+            "carries": [
+                {"digits": 8, "chain": 0, "n": len(bits), "right": bits.count("1")},
+                {"digits": 1, "chain": 0, "n": 1, "right": 0},
+            ],
+        },
+        seed=seed,
+        seconds=1.0,
+    )
+
+
+def test_settings_are_paired_by_seed_and_sum():
+    plain = Setting(DEFAULTS, {}, (scored("plain", 0, "0011"), scored("plain", 1, "0001")))
+    other = DEFAULTS | {"rank": 4}
+    both = Setting(other, {"rank": 4}, tuple(scored("plain", s, "0111", rank=4) for s in (1, 0)))
+    found = arithmetic_report.paired(plain, both, [8])
+    # +0.25 and +0.5: Student's interval of two is 12.7 · 0.125 to either side.
+    assert (found.value, found.n) == (pytest.approx(0.375), 2)
+    assert found.high - found.value == pytest.approx(12.706 * 0.125, rel=1e-3)
+    alone = Setting(other, {"rank": 4}, (scored("plain", 1, "1111", rank=4),))
+    found = arithmetic_report.paired(plain, alone, [8])
+    assert (found.value, found.n) == (0.75, 1)
+    assert found.low < 0.75 <= found.high, "over the sums of the one seed"
+    never = Setting(other, {"rank": 8})
+    rows = arithmetic_report.against(plain, [both, never], {"8 digits": [8]})
+    assert rows[0] == {
+        "setting": "plain, rank 4",
+        "seeds": 2,
+        "8 digits": "+0.375 (-1.213 to +1.963)",
+    }
+    assert rows[1]["8 digits"] == NO_RECORD
+    (aim, empty) = arithmetic_report.aim_rows([both, never], digits=8, aim=0.75)
+    assert (aim["lowest"], aim["seeds at 75% or more"]) == ("0.750", "2")
+    assert empty["8 digits"] == NO_RECORD
+
+
+def test_seeds_that_agree_keep_an_interval():
+    """Two seeds with every sum right leave Student's interval no width; Wilson's has one."""
+    right = Setting(DEFAULTS, {}, tuple(scored("plain", s, "1" * 50) for s in (0, 1)))
+    (row,) = right.curve()
+    assert (row["mean"], row["high"]) == (1.0, 1.0)
+    assert row["low"] == pytest.approx(0.963, abs=1e-3), "100 of 100, not 50 of 50"
+
+
+def test_tables_are_gathered_over_seeds():
+    runs = (scored("plain", 0, "0011"), scored("plain", 1, "0001"))
+    setting = Setting(DEFAULTS, {}, runs)
+    assert setting.places() == [{"digits": 8, "place": 0, "right": 0.375}]
+    assert setting.chains([8]) == [{"chain": 0, "n": 8, "right": 0.375}]
+    assert setting.chains([2, 7]) == []
+    (row,) = setting.artefact()
+    assert (row["digits"], row["exact"], row["product"]) == (8, 0.375, 0.375)
+
+
+def test_a_slope_is_a_fall_a_digit(root):
+    plain = next(s for s in read_settings(LORA, DEFAULTS, root) if s.label == "plain")
+    assert plain.slope("exact", 7, 8).value == pytest.approx(0.4)
+    assert plain.each(7) == {0: 0.8, 1: 0.6}

@@ -133,6 +133,8 @@ def test_measured_checks_follow_the_records(monkeypatch):
         measured.tuning_lifts_most_tasks,
         measured.sums_degrade_with_length,
         measured.adapters_hold_less_memory,
+        measured.tuning_teaches_sums,
+        measured.untuned_falls_beyond_six_digits,
         counted.humaneval_problems,
         counted.ndcg_of_llama,
     ]
@@ -152,3 +154,25 @@ def test_measured_checks_follow_the_records(monkeypatch):
     assert measured.both_placements_beat_one().verdict == REPRODUCED
     monkeypatch.setattr(measured, "_placement", lambda: turned)
     assert measured.higher_rank_is_better().verdict == NOT_REPRODUCED
+
+
+def test_sums_are_judged_over_seeds_and_by_length(monkeypatch):
+    """A made-up study: the base falls after six digits, the tuned model after seven."""
+
+    def rows(*exact):
+        return [
+            {"digits": k, "exact": e, "low": e - 0.01, "high": e + 0.01, "digit_accuracy": e}
+            for k, e in enumerate(exact, start=1)
+        ]
+
+    base = rows(0.5, 0.5, 0.5, 0.5, 0.5, 0.45, 0.1, 0, 0, 0)
+    tuned = rows(0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.4, 0.1, 0.04)
+    monkeypatch.setattr(measured, "_sums", lambda: (base, tuned, 7))
+    assert measured.untuned_falls_beyond_six_digits().verdict == REPRODUCED
+    assert measured.tuning_teaches_sums().verdict == REPRODUCED
+    assert measured.further_lengths_stay_near_zero().verdict == REPRODUCED
+    assert "9: 0.100" in measured.further_lengths_stay_near_zero().found
+    tuned[-1]["exact"] = 0.06
+    assert measured.further_lengths_stay_near_zero().verdict == NOT_REPRODUCED
+    base[0]["exact"] = 0.95
+    assert measured.untuned_falls_beyond_six_digits().verdict == NOT_REPRODUCED

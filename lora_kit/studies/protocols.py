@@ -120,9 +120,9 @@ RERUNS: dict[str, tuple[Rerun, ...]] = {
     "alwadhi2024": (
         Rerun(
             "sums by length",
-            "benchmarks/addition_lengths.py",
+            "benchmarks/addition_lengths.py; notebook 10",
             "1-2 of 5 digits, SmolLM2-135M",
-            "1-7 of 12 digits, SmolLM2-135M",
+            "1-7 of 14 digits, SmolLM2-135M",
             "",
         ),
         Rerun("MMLU from a teacher", "", "", "", "a teacher's answers"),

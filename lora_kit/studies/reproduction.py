@@ -184,21 +184,27 @@ def _serving() -> list[Side]:
 
 
 def _alwadhi() -> list[Side]:
+    """Sums by length over seeds at the paper's lengths (notebook 10): base with four examples, and
+    tuned."""
+    from lora_kit.studies.arithmetic_cells import DEFAULTS
+    from lora_kit.studies.arithmetic_report import LORA, read_settings
     from lora_kit.studies.records import read_records
 
-    records = read_records("addition_lengths")
-    if not records:
+    if not read_records(LORA):
         return [Side("sums by length", "a picture", NO_RECORD)]
-    # The run that trained and tested the most lengths.
-    best = max(records, key=lambda r: (r.parameters["most_trained"], r.parameters["most_tested"]))
-    name = f"addition_lengths/{best.parameters['most_trained']}_of_{best.parameters['most_tested']}"
+    found = {setting.label: setting for setting in read_settings(LORA, DEFAULTS)}
+    base, tuned = found.get("base, form plain, shots 4"), found.get("plain")
+    if base is None or tuned is None:
+        return [Side("sums by length", "a picture", NO_RECORD)]
     rows = []
-    for base, tuned in zip(best.tables["base"], best.tables["tuned"], strict=True):
-        seen = "trained" if tuned["digits"] <= best.parameters["most_trained"] else "not trained"
-        ours = f"{base['exact']:.2f} to {tuned['exact']:.2f} right, "
-        ours += f"{tuned['digit_accuracy']:.2f} of digits, {tuned['edit_distance']:.1f} edits"
-        what = f"{tuned['digits']} digits, {seen}"
-        rows.append(Side(what, "a picture", ours, _where(best), f"{name}_seed{best.seed}.json"))
+    curves = (base.curve(), tuned.curve(), tuned.curve("digit_accuracy"))
+    for before, after, digits in zip(*curves, strict=True):
+        seen = "trained" if after["digits"] <= DEFAULTS["most_trained"] else "not trained"
+        ours = f"{before['mean']:.2f} to {after['mean']:.2f} right "
+        ours += f"[{after['low']:.2f}, {after['high']:.2f}], {digits['mean']:.2f} of digits"
+        what = f"{after['digits']} digits, {seen}"
+        where = f"{_where(tuned.records[0])}, {after['seeds']} seeds"
+        rows.append(Side(what, "a picture", ours, where, LORA))
     return rows
 
 

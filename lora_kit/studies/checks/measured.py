@@ -94,17 +94,6 @@ def both_placements_beat_one() -> Outcome:
     return _with_language(sums, ("attention r128", "mlp r128"))
 
 
-@check
-def tuning_teaches_addition() -> Outcome:
-    cells = _placement()
-    if not cells:
-        return awaited("lora_placement")
-    m = cells["all", 32].metrics
-    found = f"3 digits: {m['base_accuracy']:.2f} before, {m['accuracy'].value:.2f} after, r 32"
-    better = m["accuracy"].low > m["base_accuracy"]
-    return Outcome(REPRODUCED if better else NOT_REPRODUCED, found, "95 % interval over seeds")
-
-
 # ------------------------------------------------------------------ forgetting
 
 
@@ -179,20 +168,66 @@ def adapters_hold_less_memory() -> Outcome:
 # ------------------------------------------------------------------ sums by length
 
 
+SUMS = "10_arithmetic/lora"  # five seeds at the paper's lengths, 1-7 trained, 1-14 tested
+
+
 def _sums() -> tuple[list[dict], list[dict], int] | None:
-    """Base and tuned scores by length of the run that trained most lengths, and how many."""
-    found = records("addition_lengths")
-    if not found:
-        return None
-    best = max(found, key=lambda r: (r.parameters["most_trained"], r.parameters["most_tested"]))
-    return best.tables["base"], best.tables["tuned"], best.parameters["most_trained"]
+    """Base (4 examples) and tuned by length over seeds: digits, exact with Student's interval,
+    digit_accuracy; and how many digits were trained."""
+    from lora_kit.studies.arithmetic_cells import DEFAULTS
+    from lora_kit.studies.arithmetic_report import Setting
+
+    found = []
+    for changed in ({"method": "base", "form": "plain", "shots": 4}, {}):
+        wanted = {**DEFAULTS, **changed}
+        mine = [r for r in records(SUMS) if all(r.parameters[k] == v for k, v in wanted.items())]
+        if not mine:
+            return None
+        setting = Setting(wanted, changed, tuple(mine))
+        digits = setting.curve("digit_accuracy")
+        found.append(
+            [
+                {"digits": e["digits"], "exact": e["mean"], "low": e["low"], "high": e["high"]}
+                | {"digit_accuracy": d["mean"]}
+                for e, d in zip(setting.curve(), digits, strict=True)
+            ]
+        )
+    return found[0], found[1], DEFAULTS["most_trained"]
+
+
+@check
+def untuned_falls_beyond_six_digits() -> Outcome:
+    found = _sums()
+    if found is None:
+        return awaited(SUMS)
+    base = found[0]
+    at = {row["digits"]: row["exact"] for row in base}
+    words = ", ".join(f"{k} digits {at[k]:.2f}" for k in (1, 2, 3, 6, 7))
+    falls = at[6] - at[7] > max(a["exact"] - b["exact"] for a, b in itertools.pairwise(base[:6]))
+    return Outcome(REPRODUCED if falls else NOT_REPRODUCED, f"untuned, 4 examples: {words}")
+
+
+@check
+def tuning_teaches_sums() -> Outcome:
+    found = _sums()
+    if found is None:
+        return awaited(SUMS)
+    base, tuned, trained = found
+    rows = list(zip(base[:trained], tuned[:trained], strict=True))
+    cases = {
+        f"{b['digits']} digits ({b['exact']:.2f} to {t['exact']:.2f})": t["low"] > b["high"]
+        for b, t in rows
+    }
+    low, high = (f(t["exact"] for _, t in rows) for f in (min, max))
+    words = f"trained lengths rise beyond both intervals, to {low:.2f} to {high:.2f}"
+    return reproduced(cases, words, "95 % intervals over 5 seeds")
 
 
 @check
 def sums_degrade_with_length() -> Outcome:
     found = _sums()
     if found is None:
-        return awaited("addition_lengths")
+        return awaited(SUMS)
     _, tuned, trained = found
     low = min(row["low"] for row in tuned[:trained])
     beyond = tuned[trained:]
@@ -204,38 +239,43 @@ def sums_degrade_with_length() -> Outcome:
 def one_length_beyond_is_better_than_the_base() -> Outcome:
     found = _sums()
     if found is None:
-        return awaited("addition_lengths")
+        return awaited(SUMS)
     base, tuned, trained = found
-    rows = zip(base[: trained + 1], tuned[: trained + 1], strict=True)
+    rows = list(zip(base[: trained + 1], tuned[: trained + 1], strict=True))
     cases = {
         f"{b['digits']} digits ({b['exact']:.2f} to {t['exact']:.2f})": t["low"] > b["high"]
         for b, t in rows
     }
-    return reproduced(cases, f"lengths up to {trained + 1} rise beyond both intervals")
+    last = rows[-1][1]
+    words = f"lengths up to {trained + 1} rise beyond both intervals; {trained + 1} digits to "
+    return reproduced(cases, f"{words}{last['exact']:.2f} [{last['low']:.2f}, {last['high']:.2f}]")
 
 
 @check
 def further_lengths_stay_near_zero() -> Outcome:
+    """The paper says "beyond 9 digits", 7 being trained."""
     found = _sums()
     if found is None:
-        return awaited("addition_lengths")
+        return awaited(SUMS)
     _, tuned, trained = found
-    far = tuned[trained + 1 :]
+    nine, *far = tuned[trained + 1 :]
     cases = {f"{r['digits']} digits ({r['exact']:.2f})": r["exact"] <= 0.05 for r in far}
-    return reproduced(cases, f"lengths beyond {trained + 1} have at most 5 % right", "5 %")
+    words = f"lengths beyond {nine['digits']} have at most 5 % right ({nine['digits']}: "
+    words += f"{nine['exact']:.3f}; {far[0]['digits']}: {far[0]['exact']:.3f}"
+    return reproduced(cases, f"{words} [{far[0]['low']:.3f}, {far[0]['high']:.3f}])", "5 %")
 
 
 @check
 def digit_accuracy_falls_more_gently() -> Outcome:
     found = _sums()
     if found is None:
-        return awaited("addition_lengths")
+        return awaited(SUMS)
     steps = {
         name: max(a[name] - b[name] for a, b in itertools.pairwise(found[1]))
         for name in ("exact", "digit_accuracy")
     }
     gentle = steps["digit_accuracy"] < steps["exact"]
-    words = f"largest fall by one digit: {steps['exact']:.2f} exact, "
+    words = f"largest fall by one digit, mean of 5 seeds: {steps['exact']:.2f} exact, "
     words += f"{steps['digit_accuracy']:.2f} of digits"
     return Outcome(REPRODUCED if gentle else NOT_REPRODUCED, words)
 
