@@ -129,7 +129,7 @@ def read_settings(
 def three_states(
     study: Study, skill: str, judge: str = "strict", centre: Cell = CENTRE
 ) -> dict[int, tuple[float, float, float]]:
-    """{seed: accuracy as taught, through NF4, after QLoRA by the centre's recipe}, of the seeds that
+    """{seed: accuracy as taught, through NF4, after QLoRA by the centre}, of the seeds that
     have both records."""
     key, found = f"{skill}_{judge}", {}
     for cell, record in study.cells.items():
