@@ -256,3 +256,20 @@ def test_a_ratio_is_of_the_sums_and_its_interval_covers():
     assert ratio([3.0], [2.0]).stderr is None
     with pytest.raises(BadInputError, match="positive"):
         ratio([1.0, 1.0], [1.0, 0.0])
+
+
+@pytest.mark.parametrize("shares", [(0.1, 0.8, 0.1), (0.3, 0.2, 0.5), (0.005, 0.985, 0.01)])
+def test_bootstrap_from_counts_is_scipys(shares):
+    """Many scores of few values: another way to the same interval, as far as 9,999 draws tell."""
+    from scipy import stats
+
+    values = np.random.default_rng(4).choice([-1.0, 0.0, 1.0], p=shares, size=2000)
+    counted = bootstrap(values)
+    found = stats.bootstrap((values,), np.mean, n_resamples=9999, method="BCa", batch=500, rng=1)
+    error = values.std() / np.sqrt(len(values))
+    assert counted == pytest.approx(tuple(found.confidence_interval), abs=0.1 * error)
+    assert counted[0] < values.mean() < counted[1]
+    # A skewed one leans to the longer tail, which a symmetric interval would not.
+    rare = np.r_[np.zeros(1990), np.ones(10)]
+    low, high = bootstrap(rare)
+    assert high - rare.mean() > 1.2 * (rare.mean() - low)
