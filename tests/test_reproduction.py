@@ -74,6 +74,9 @@ def test_printed_values_come_from_the_tables():
     ndcg = {row.what: row.printed for row in beside("oswal2025")}
     assert ndcg["NDCG, Llama3.2-1B-EC"] == "0.874"
     assert ndcg["NDCG, Llama3.2-3B-EC"] == "not printed"
+    assert ndcg["product matching, random pairs"] == "360M-EC 0.720"
+    ours = {row.what: row.ours for row in beside("oswal2025")}
+    assert ours["the same, pairs that look alike"].startswith("QLoRA, 300 steps: F1 0.7")
 
 
 def test_a_record_of_serving_fills_its_row(monkeypatch):

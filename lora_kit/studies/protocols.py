@@ -104,7 +104,8 @@ RERUNS: dict[str, tuple[Rerun, ...]] = {
             "query ranking", "benchmarks/published_data.py", "all, from published answers", "", ""
         ),
         Rerun("trainable parameters", "notebook 02", "all", "", ""),
-        Rerun("tuning on ECInstruct", "lora-kit finetune DATA", "", "all models", ""),
+        Rerun("tuning on ECInstruct", "lora-kit run 08 -f oswal2025-…", "", "all models", ""),
+        Rerun("product matching", "notebook 08", "free methods", "SmolLM2-135M", ""),
     ),
     "zhao2024": (
         Rerun("summaries and regressions", "notebook 09", "all", "", ""),

@@ -137,6 +137,27 @@ def _oswal() -> list[Side]:
         ours = f"{m.value:.4f} [{m.low:.3f}, {m.high:.3f}]"
         name = "published_data/published_data.json"
         rows.append(Side(f"NDCG, {model}", printed, ours, "the model's published answers", name))
+    return rows + _matching()
+
+
+def _matching() -> list[Side]:
+    """Product matching: the paper's on random pairs; ours on such, and on pairs that look alike."""
+    from lora_kit.studies.shop_report import label, read_study, standing
+
+    records, rows = read_study(), []
+    printed = _printed("oswal2025", "table_02", "SmolLM2-360M-EC", "PM / F1")
+    for task, what, told in (
+        ("match_random", "product matching, random pairs", f"360M-EC {printed}"),
+        ("match", "the same, pairs that look alike", "not tried"),
+    ):
+        found = [s for s in standing(records, task, "tuned") if s.parameters["task"] == task]
+        found = [s for s in found if s.parameters["recipe"] != "oswal" and len(s.records) > 2]
+        if not found:
+            rows.append(Side(what, told, NO_RECORD))
+            continue
+        e = found[0].estimate(f"{task}_inside")
+        ours = f"{label(found[0])}: F1 {e.value:.3f} [{e.low:.3f}, {min(1, e.high):.3f}]"
+        rows.append(Side(what, told, ours, _where(found[0].records[0]), "08_small_shops/gpu"))
     return rows
 
 
