@@ -28,8 +28,8 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(row):
         engine=row["engine"],
         flash=False,
     )
-    # One row is 13.9 % above its plan, by 60 MB that were not found; measured again with less beside
-    # it, it was the same to the byte.
+    # One row is 13.9 % above its plan, by 60 MB that were not found; measured again with less
+    # beside it, it was the same to the byte.
     most = 0.15 if known(row) == "unsloth-smollm2-135m-12x384-True" else 0.10
     assert plan.torch_bytes == pytest.approx(row["peak_bytes"], rel=most)
 

@@ -52,6 +52,7 @@ def test_rows_name_their_record_or_say_there_is_none(paper):
 
 def test_without_records_every_row_says_so(monkeypatch):
     monkeypatch.setattr(records, "read_records", lambda study, folder=None: [])
+    monkeypatch.setattr(shop_report, "read_records", lambda study, folder=None: [])
     monkeypatch.setattr(measured, "_judged", lambda: measured_claims())
     for paper in PAPERS:
         rows = beside(paper)
