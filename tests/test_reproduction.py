@@ -4,7 +4,7 @@ import pytest
 
 from lora_kit import store
 from lora_kit.errors import UnknownNameError
-from lora_kit.studies import records, reproduction
+from lora_kit.studies import records, reproduction, shop_report
 from lora_kit.studies.checks import measured
 from lora_kit.studies.papers import PAPERS
 from lora_kit.studies.protocols import CARDS, PROTOCOLS, RERUNS, card_needed
