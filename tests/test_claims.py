@@ -1,6 +1,7 @@
 """The ledger: every check runs and says what its entry says; faulty entries are named."""
 
 import re
+import time
 
 import pytest
 import yaml
@@ -91,6 +92,13 @@ def test_every_check_states_its_outcome(name):
     assert outcome.found
     assert outcome.tolerance
     assert "nan" not in outcome.found
+
+
+def test_all_checks_take_about_a_second():
+    registered()
+    started = time.process_time()
+    judge(ALL)
+    assert time.process_time() - started < 4  # about 1 s; slack for a busy machine
 
 
 def test_modules_are_small():

@@ -269,6 +269,10 @@ def test_bootstrap_from_counts_is_scipys(shares):
     error = values.std() / np.sqrt(len(values))
     assert counted == pytest.approx(tuple(found.confidence_interval), abs=0.1 * error)
     assert counted[0] < values.mean() < counted[1]
+    means = np.mean(np.random.default_rng(5).choice([-1.0, 0.0, 1.0], size=(3, 2000)), axis=0)
+    found = stats.bootstrap((means,), np.mean, n_resamples=9999, method="BCa", batch=500, rng=1)
+    error = means.std() / np.sqrt(len(means))
+    assert bootstrap(means) == pytest.approx(tuple(found.confidence_interval), abs=0.1 * error)
     # A skewed one leans to the longer tail, which a symmetric interval would not.
     rare = np.r_[np.zeros(1990), np.ones(10)]
     low, high = bootstrap(rare)

@@ -10,7 +10,7 @@ def counted_interval(
     distinct: np.ndarray,
     confidence: float,
     resamples: int,
-    rng: np.random.Generator,
+    seed: int,
 ) -> tuple[float, float]:
     """`statistics.bootstrap` from counts: drawing n items is drawing how many have each value.
 
@@ -23,7 +23,7 @@ def counted_interval(
     """
     from scipy.stats import norm
 
-    n, mean = len(values), values.mean()
+    n, mean, rng = len(values), values.mean(), np.random.default_rng(seed)
     counts = (values == distinct[:, None]).sum(1)
     means = rng.multinomial(n, counts / n, resamples) @ distinct / n
     near = np.isclose(means, mean, rtol=0, atol=1e-12)  # ties count half, whatever rounding says

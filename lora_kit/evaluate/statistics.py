@@ -16,6 +16,7 @@ from lora_kit.errors import BadInputError
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
+MANY, FEW = 1000, 16  # scores, and their values, from which on the bootstrap draws counts
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def bootstrap(
     """Bias-corrected and accelerated bootstrap interval of the mean (Efron 1987).
 
     Items are drawn again with replacement, 9,999 times; the seed makes the interval reproducible.
-    Of many scores with few values how many of each are drawn is drawn (`resampling`), a
-    thousandth of the work.
+    Of many scores with few values (a whole test set's answers, or their means over some seeds) it
+    is counts that are drawn (`resampling`): the same interval for a thousandth of the work.
     Where all scores are equal no resample differs, and the interval is that one value: with 0/1
     scores use `wilson`, which does not claim such certainty.
     """
@@ -110,11 +111,10 @@ def bootstrap(
     _confidence(confidence)
     if len(values) < 2 or np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())
-    if len(values) >= 1000 and len(distinct := np.unique(values)) <= 5:
+    if len(values) >= MANY and len(distinct := np.unique(values)) <= FEW:
         from lora_kit.evaluate.resampling import counted_interval
 
-        rng = np.random.default_rng(seed)
-        return counted_interval(values, distinct, confidence, RESAMPLES, rng)
+        return counted_interval(values, distinct, confidence, RESAMPLES, seed)
     found = stats.bootstrap(
         (values,),
         np.mean,

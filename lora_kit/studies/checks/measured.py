@@ -207,18 +207,22 @@ def untuned_falls_beyond_six_digits() -> Outcome:
     return Outcome(REPRODUCED if falls else NOT_REPRODUCED, f"untuned, 4 examples: {words}")
 
 
+def _rises(base: list[dict], tuned: list[dict], lengths: int) -> dict[str, bool]:
+    """Of each of the first lengths, whether tuned lies above base beyond both intervals."""
+    return {
+        f"{b['digits']} digits ({b['exact']:.2f} to {t['exact']:.2f})": t["low"] > b["high"]
+        for b, t in zip(base[:lengths], tuned[:lengths], strict=True)
+    }
+
+
 @check
 def tuning_teaches_sums() -> Outcome:
     found = _sums()
     if found is None:
         return awaited(SUMS)
     base, tuned, trained = found
-    rows = list(zip(base[:trained], tuned[:trained], strict=True))
-    cases = {
-        f"{b['digits']} digits ({b['exact']:.2f} to {t['exact']:.2f})": t["low"] > b["high"]
-        for b, t in rows
-    }
-    low, high = (f(t["exact"] for _, t in rows) for f in (min, max))
+    low, high = (f(row["exact"] for row in tuned[:trained]) for f in (min, max))
+    cases = _rises(base, tuned, trained)
     words = f"trained lengths rise beyond both intervals, to {low:.2f} to {high:.2f}"
     return reproduced(cases, words, "95 % intervals over 5 seeds")
 
@@ -241,12 +245,7 @@ def one_length_beyond_is_better_than_the_base() -> Outcome:
     if found is None:
         return awaited(SUMS)
     base, tuned, trained = found
-    rows = list(zip(base[: trained + 1], tuned[: trained + 1], strict=True))
-    cases = {
-        f"{b['digits']} digits ({b['exact']:.2f} to {t['exact']:.2f})": t["low"] > b["high"]
-        for b, t in rows
-    }
-    last = rows[-1][1]
+    cases, last = _rises(base, tuned, trained + 1), tuned[trained]
     words = f"lengths up to {trained + 1} rise beyond both intervals; {trained + 1} digits to "
     return reproduced(cases, f"{words}{last['exact']:.2f} [{last['low']:.2f}, {last['high']:.2f}]")
 
