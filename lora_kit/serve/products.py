@@ -22,7 +22,7 @@ rounding. Which is faster where: `benchmarks/adapters.py --part products`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,11 +95,24 @@ class Batch:
 def plan_batch(at: Sequence[At], masked: bool, device: torch.device) -> Batch:
     """Args: at: each row's page and slot, None for the bare base; masked: see the module."""
     pages: dict[int, Page] = {id(a[0]): a[0] for a in at if a is not None}
+    return Batch(list(at), masked, torch.device(device), _by_path(pages.values()))
+
+
+def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor) -> Batch:
+    """A masked batch of one token a row whose slots are data: slots (pages, rows) holds each row's
+    slot of each page, -1 for none. What is recorded with it serves every choice of slots."""
+    batch = Batch([None] * slots.shape[1], True, slots.device, _by_path(pages))
+    for page, own in zip(pages, slots, strict=True):
+        batch.masks[id(page), 1] = _others(own, page.slots)
+    return batch
+
+
+def _by_path(pages: Iterable[Page]) -> dict[str, list[Page]]:
     by_path: dict[str, list[Page]] = {}
-    for page in pages.values():
+    for page in pages:
         for path in page.place:
             by_path.setdefault(path, []).append(page)
-    return Batch(list(at), masked, torch.device(device), by_path)
+    return by_path
 
 
 def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.Tensor):
@@ -260,7 +273,11 @@ def _hidden(batch: Batch, page: Page, site: str, flat: torch.Tensor) -> torch.Te
     if key not in batch.masks:
         own = [-1 if at is None or at[0] is not page else at[1] for at in batch.at]
         mine = torch.tensor(own, device=batch.device).repeat_interleave(each)
-        others = mine[:, None] != torch.arange(slots, device=batch.device)
-        batch.masks[key] = others[:, None, :, None]
+        batch.masks[key] = _others(mine, slots)
     hidden.view(len(flat), layers, slots, rank).masked_fill_(batch.masks[key], 0)
     return hidden
+
+
+def _others(own: torch.Tensor, slots: int) -> torch.Tensor:
+    """(tokens, 1, slots, 1), True for the slots that are not a token's own (tokens,)."""
+    return (own[:, None] != torch.arange(slots, device=own.device))[:, None, :, None]
