@@ -17,6 +17,7 @@ has, without an adapter. A shape is recorded the second time it is met.
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections import Counter, OrderedDict
@@ -44,18 +45,32 @@ class _Recorded:
 
 
 class CudaRecorder:
-    """Records work as a CUDA graph. All graphs share one pool of memory and one stream."""
+    """Records work as a CUDA graph. All graphs share one pool of memory and one stream.
+
+    side: a second stream, for what may run beside the rest.
+    """
 
     def __init__(self):
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.stream, self.side = torch.cuda.Stream(), torch.cuda.Stream()
+        self.alive: weakref.WeakSet = weakref.WeakSet()
 
     def __call__(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: adapters are read and copied by another thread meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
-            out = work()
+        # A pool is given back with the last graph that uses it.
+        pool = next((other.pool() for other in self.alive), None) or torch.cuda.graph_pool_handle()
+        # A graph that the garbage collector takes down meanwhile would spoil this one.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            # thread_local: adapters are read and copied by another thread meanwhile.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                out = work()
+        finally:
+            if collecting:
+                gc.enable()
+        self.alive.add(graph)
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -75,6 +90,7 @@ class DecodeGraphs:
     def __init__(self, decoder, record: Callable[[Work], Work] | None = None):
         self.decoder, self.broken = decoder, False
         self.record = record or CudaRecorder()
+        self.side = getattr(self.record, "side", None)
         self.recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
         self.met: Counter = Counter()
         self._version = -1
@@ -128,7 +144,8 @@ class DecodeGraphs:
     def _work(self, numbers: torch.Tensor, reach: int, pages: list) -> torch.Tensor:
         decoder = self.decoder
         mask = decoder.cache.decode_at(numbers[1], reach)
-        with decoder.mixed.using(batch_of_pages(pages, numbers[2:]) if pages else None):
+        batch = batch_of_pages(pages, numbers[2:], self.side) if pages else None
+        with decoder.mixed.using(batch):
             hidden = decoder.forward(numbers[0][:, None], numbers[1][:, None], mask)
             return decoder.head(hidden[:, 0]).float()
 
