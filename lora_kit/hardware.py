@@ -151,6 +151,7 @@ def hold_to_t4_rules() -> bool:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, T4_MEMORY_BYTES / total))
     torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # nor has it cuDNN's fused attention
     return True
 
 

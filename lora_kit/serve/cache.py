@@ -71,8 +71,9 @@ class RowCache:
         return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
 
     # ------------------------------------------------------------------ a forward pass
-    def prefill(self, rows: slice, tokens: int) -> None:
-        """The next pass writes the first `tokens` tokens of these rows, and sees only them."""
+    def prefill(self, rows: slice | torch.Tensor, tokens: int) -> None:
+        """The next pass writes the first `tokens` tokens of these rows, and sees only them. Rows in
+        a tensor may be others each time the pass is replayed; their buffers must be there."""
         self._rows, self._where, self._reach = rows, None, tokens
 
     def decode(self, rows: slice | list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +108,9 @@ class RowCache:
     @torch.inference_mode()
     def reserve(self, rows: int, tokens: int) -> None:
         """Make the buffers that are there at least so large."""
+        first = self.keys[0]
+        if first is None or (first.shape[0] >= rows and first.shape[2] >= tokens):
+            return
         for tensors in (self.keys, self.values):
             for layer, held in enumerate(tensors):
                 if held is not None:
@@ -119,11 +123,12 @@ class RowCache:
         for tensors, new in ((self.keys, key), (self.values, value)):
             rows = max(len(self.lengths), len(new))
             held = tensors[layer] = self._room(tensors[layer], new, rows, self._reach)
-            if self._where is None:
+            if self._where is None:  # a prompt's tokens see each other and nothing else
                 held[self._rows, :, : self._reach] = new
+                found.append(new)
             else:
                 held[self._where[0], :, self._where[1]] = new[:, :, 0]
-            found.append(held[self._rows, :, : self._reach])
+                found.append(held[self._rows, :, : self._reach])
         return found[0], found[1]
 
     def _room(self, held: torch.Tensor | None, like: torch.Tensor, rows: int, tokens: int):

@@ -14,7 +14,7 @@ from lora_kit.errors import BadInputError
 from lora_kit.serve.attention import NAME as ROW_ATTENTION
 from lora_kit.serve.attention import use_row_attention
 from lora_kit.serve.cache import FIRST_ROWS, RowCache
-from lora_kit.serve.graphs import DecodeGraphs
+from lora_kit.serve.graphs import StepGraphs, padded
 from lora_kit.serve.mixed import MixedLora
 
 
@@ -26,7 +26,7 @@ class Decoder:
             torch's (sdpa), it is given `attention`, which answers alike for all other callers too.
         mixed: its adapters; a row's key names one of them, or is None.
         rows: how many there may be side by side; a hint for the cache's first buffers.
-        graphs: whether steps are recorded as CUDA graphs (`serve.graphs`); by default on a GPU.
+        graphs: whether passes are recorded as CUDA graphs (`serve.graphs`); by default on a GPU.
 
     Raises:
         BadInputError: a model whose attention or output this decoder does not do.
@@ -53,7 +53,7 @@ class Decoder:
         self.cache = RowCache(config.num_hidden_layers, rows if on_gpu else FIRST_ROWS)
         # Recorded products are the masked ones: they alone have the same shape for every mix.
         recorded = on_gpu and mixed.masked if graphs is None else graphs
-        self.graphs = DecodeGraphs(self) if recorded else None
+        self.graphs = StepGraphs(self) if recorded else None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], keys: Sequence[str | None]) -> torch.Tensor:
@@ -64,24 +64,34 @@ class Decoder:
             leaves no row.
         """
         lengths = [len(p) for p in prompts]
-        ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.long)
+        width = max(lengths) if self.graphs is None else padded(max(lengths))
+        ids = torch.zeros((len(prompts), width), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         before = list(self.cache.lengths)
         rows = self.cache.add(len(prompts))
         try:
-            self.cache.prefill(rows, ids.shape[1])
-            at = torch.arange(ids.shape[1], device=self.device)[None].expand(len(prompts), -1)
-            causal = at[0][:, None] >= at[0][None, :]
-            with self.mixed.rows(keys):
-                hidden = self.forward(ids, at, causal[None, None])
-                last = torch.tensor(lengths, device=hidden.device) - 1
-                logits = self.head(hidden[torch.arange(len(last), device=hidden.device), last])
+            logits = None
+            if self.graphs is not None:
+                logits = self.graphs.prefill(ids, lengths, rows.start, keys)
+            if logits is None:
+                self.cache.prefill(rows, width)
+                with self.mixed.rows(keys):
+                    last = torch.tensor(lengths, device=self.device) - 1
+                    logits = self.read(ids.to(self.device), last)
         except BaseException:
             self.cache.lengths = before
             raise
         self.cache.lengths[rows] = lengths
-        return logits.float()
+        return logits
+
+    def read(self, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Prompts ids (rows, tokens) → fp32 logits (rows, vocabulary) at place `last` (rows,)."""
+        rows = torch.arange(len(ids), device=self.device)
+        at = torch.arange(ids.shape[1], device=self.device)[None].expand(len(ids), -1)
+        causal = at[0][:, None] >= at[0][None, :]
+        hidden = self.forward(ids, at, causal[None, None])
+        return self.head(hidden[rows, last]).float()
 
     @torch.inference_mode()
     def step(

@@ -1,11 +1,12 @@
-"""Decoding steps as CUDA graphs: the kernels of a step are recorded once, then replayed.
+"""Forward passes as CUDA graphs: the kernels of a pass are recorded once, then replayed.
 
-A step of a small model for a few rows is more than a thousand kernels of a few microseconds, and
-Python needs longer to launch them than the GPU to run them. A CUDA graph is the list of those
-kernels with their addresses; replaying it is a single launch. Nothing about the arithmetic changes.
+A decoding step of a small model is more than a thousand kernels of a few microseconds, and so is
+the reading of a prompt; Python needs longer to launch them than the GPU to run them. A CUDA graph
+is the list of those kernels with their addresses; replaying it is a single launch. Nothing about
+the arithmetic changes.
 
-Addresses and shapes are fixed, so a step is widened to one of a few shapes, in rows and in how far
-back it looks, and everything that differs from step to step is a number in one small tensor:
+Addresses and shapes are fixed, so a pass is widened to one of a few shapes, and everything that
+differs from pass to pass is a number in one small tensor. Of a decoding step:
 
     tokens (rows,)    lengths (rows,)    for each page of adapters, the slot of each row or -1
 
@@ -26,18 +27,27 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kit.serve.products import batch_of_pages
+from lora_kit.serve.products import At, batch_of_pages
+from lora_kit.serve.slots import Page
 
-FIRST_REACH = 64  # shapes look back 64, 128, 256, ... tokens
-GRAPHS_KEPT = 64
+FIRST_REACH = 64  # a decoding step looks back 64, 128, 256, ... tokens
+PROMPT_STEP, LONG_PROMPT = 64, 512  # prompts are 64, 128, ..., 512, 1024, 2048, ... tokens wide
+GRAPHS_KEPT = 128
 
 Work = Callable[[], torch.Tensor]
 
 
+def padded(tokens: int) -> int:
+    """The width a prompt of so many tokens is read at."""
+    if tokens > LONG_PROMPT:
+        return _doubled(LONG_PROMPT, tokens)
+    return -(-tokens // PROMPT_STEP) * PROMPT_STEP
+
+
 @dataclass
 class _Recorded:
-    """numbers: what a step is told, (2 + pages, rows); replay: runs it, returns (rows,
-    vocabulary) logits that hold until the next replay of any graph; pages: its adapters'."""
+    """numbers: what a pass is told; replay: runs it, returns logits (rows, vocabulary) that hold
+    until the next replay of any graph; pages: its adapters'."""
 
     numbers: torch.Tensor
     replay: Work
@@ -79,8 +89,8 @@ class CudaRecorder:
         return replay
 
 
-class DecodeGraphs:
-    """Runs a decoder's steps over all its rows through recorded graphs.
+class StepGraphs:
+    """Runs a decoder's passes through recorded graphs.
 
     Args:
         decoder: a `Decoder`; its cache's buffers stay while it is idle, for the graphs write there.
@@ -100,54 +110,85 @@ class DecodeGraphs:
         """One more token of every row.
 
         Returns:
-            (rows, vocabulary) float32 logits, the caller's own; None where the step is to be run as
+            (rows, vocabulary) float32 logits, the caller's own; None where the pass is to be run as
             it is: its shape is new, or graphs cannot be had.
         """
-        if self.broken:
-            return None
-        cache, places = self.decoder.cache, self.decoder.mixed.places(keys)
+        lengths, places = self.decoder.cache.lengths, self.decoder.mixed.places(keys)
+        rows, reach = _doubled(1, len(tokens)), _doubled(FIRST_REACH, max(lengths) + 1)
+        told = [tokens, lengths], rows
+
+        def work(numbers: torch.Tensor, pages: list[Page]) -> torch.Tensor:
+            decoder = self.decoder
+            ids, at = numbers[0], numbers[1]
+            mask = decoder.cache.decode_at(at, reach)
+            batch = batch_of_pages(pages, numbers[2:], side=self.side) if pages else None
+            with decoder.mixed.using(batch):
+                hidden = decoder.forward(ids[:, None], at[:, None], mask)
+                return decoder.head(hidden[:, 0]).float()
+
+        return self._run(("step", rows, reach), work, told, places, (rows, reach))
+
+    def prefill(
+        self, ids: torch.Tensor, lengths: Sequence[int], first: int, keys: Sequence[str | None]
+    ) -> torch.Tensor | None:
+        """Prompts ids (rows, tokens), `padded`, of the cache's rows from `first` on.
+
+        Returns:
+            As `step`, of each prompt's last token.
+        """
+        (rows, tokens), places = ids.shape, self.decoder.mixed.places(keys)
+        last, at = [n - 1 for n in lengths], range(first, first + rows)
+        told = [*ids.t().tolist(), last, at], rows
+
+        def work(numbers: torch.Tensor, pages: list[Page]) -> torch.Tensor:
+            decoder, slots = self.decoder, numbers[tokens + 2 :]
+            decoder.cache.prefill(numbers[tokens + 1], tokens)
+            batch = batch_of_pages(pages, slots, tokens) if pages else None
+            with decoder.mixed.using(batch):
+                return decoder.read(numbers[:tokens].t().contiguous(), numbers[tokens])
+
+        return self._run(("prefill", rows, tokens), work, told, places, (first + rows, tokens))
+
+    def _run(self, shape: tuple, work, told: tuple, places: list[At], room: tuple[int, int]):
+        """Replay the graph of a shape, or record it first; see `step` for what comes back.
+
+        work: (numbers, pages) → logits; told: lines of numbers and how wide to make them;
+        room: rows and tokens that the cache must hold.
+        """
         pages = list({id(place[0]): place[0] for place in places if place is not None}.values())
         pages.sort(key=id)
-        rows, reach = _doubled(1, len(tokens)), _doubled(FIRST_REACH, max(cache.lengths) + 1)
-        key = (rows, reach, *map(id, pages))
-        self._forget_stale()
+        key = (*shape, *map(id, pages))
         self.met[key] += 1
-        told = _numbers(rows, tokens, cache.lengths, places, pages)
-        found = self.recorded.get(key)
+        if self.broken or self.met[key] < 2 or self.decoder.cache.keys[0] is None:
+            return None
+        self.decoder.cache.reserve(*room)
+        self._forget_stale()
+        numbers, found = _numbers(*told, places, pages), self.recorded.get(key)
         if found is not None:
             self.recorded.move_to_end(key)
-            found.numbers.copy_(told, non_blocking=True)
-        elif self.met[key] > 1:
-            cache.reserve(rows, reach)
-            self._forget_stale()
-            found = self._make(told.to(self.decoder.device), reach, pages)
-        if found is None:
-            return None
-        self.recorded[key] = found
-        while len(self.recorded) > GRAPHS_KEPT:
-            self.recorded.popitem(last=False)
-        return found.replay()[: len(tokens)].clone()
+            found.numbers.copy_(numbers, non_blocking=True)
+        else:
+            found = self._make(numbers.to(self.decoder.device), work, pages)
+            if found is None:
+                return None
+            self.recorded[key] = found
+            while len(self.recorded) > GRAPHS_KEPT:
+                self.recorded.popitem(last=False)
+        return found.replay()[: len(places)].clone()
 
-    def _make(self, numbers: torch.Tensor, reach: int, pages: list) -> _Recorded | None:
+    def _make(self, numbers: torch.Tensor, work, pages: list[Page]) -> _Recorded | None:
         try:
-            replay = self.record(lambda: self._work(numbers, reach, pages))
+            replay = self.record(lambda: work(numbers, pages))
         except RuntimeError as error:  # out of memory among them
             self.broken = True
             self.recorded.clear()
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"No CUDA graph could be recorded, decoding goes on without: {reason}", stacklevel=2
+                f"No CUDA graph could be recorded, the model goes on without: {reason}",
+                stacklevel=2,
             )
             return None
         return _Recorded(numbers, replay, [weakref.ref(page) for page in pages])
-
-    def _work(self, numbers: torch.Tensor, reach: int, pages: list) -> torch.Tensor:
-        decoder = self.decoder
-        mask = decoder.cache.decode_at(numbers[1], reach)
-        batch = batch_of_pages(pages, numbers[2:], self.side) if pages else None
-        with decoder.mixed.using(batch):
-            hidden = decoder.forward(numbers[0][:, None], numbers[1][:, None], mask)
-            return decoder.head(hidden[:, 0]).float()
 
     def _forget_stale(self) -> None:
         """Graphs of buffers or pages that are no more."""
@@ -159,13 +200,14 @@ class DecodeGraphs:
             del self.recorded[key]
 
 
-def _numbers(rows, tokens, lengths, places, pages) -> torch.Tensor:
-    told = torch.full((2 + len(pages), rows), -1)
-    told[:2] = 0
-    count = len(tokens)
-    told[0, :count] = torch.tensor(tokens)
-    told[1, :count] = torch.tensor(lengths)
-    for i, page in enumerate(pages, start=2):
+def _numbers(lines: list, rows: int, places: list[At], pages: list[Page]) -> torch.Tensor:
+    """(lines + pages, rows): lines of numbers, filled up with 0, and the rows' slots of each page,
+    filled up with -1."""
+    told = torch.zeros((len(lines) + len(pages), rows), dtype=torch.long)
+    count = len(places)
+    told[: len(lines), :count] = torch.tensor([list(line) for line in lines])
+    told[len(lines) :] = -1
+    for i, page in enumerate(pages, start=len(lines)):
         slots = [-1 if place is None or place[0] is not page else place[1] for place in places]
         told[i, :count] = torch.tensor(slots)
     return told.pin_memory() if torch.cuda.is_available() else told

@@ -111,17 +111,17 @@ def plan_batch(at: Sequence[At], masked: bool, device: torch.device) -> Batch:
     return Batch(list(at), masked, torch.device(device), _by_path(pages.values()))
 
 
-def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor, side=None) -> Batch:
-    """A batch of one token a row whose slots are data: slots (pages, rows) holds each row's slot of
-    each page, -1 for none. What is recorded with it serves every choice of slots.
+def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor, tokens: int = 1, side=None) -> Batch:
+    """A batch whose slots are data: slots (pages, rows) holds each row's slot of each page, -1 for
+    none. What is recorded with it serves every choice of slots.
 
-    side: a stream for first products.
+    tokens: of each row; side: a stream for first products.
     """
     batch = Batch([None] * slots.shape[1], True, slots.device, _by_path(pages), side=side)
-    batch.kernels = _kernels() if slots.device.type == "cuda" else None
+    batch.kernels = _kernels() if slots.device.type == "cuda" and tokens == 1 else None
     for page, own in zip(pages, slots, strict=True):
         if batch.kernels is None:
-            batch.masks[id(page), 1] = _others(own, page.slots)
+            batch.masks[id(page), tokens] = _others(own.repeat_interleave(tokens), page.slots)
         else:
             batch.own[id(page)] = own
     return batch
