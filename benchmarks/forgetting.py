@@ -1,7 +1,7 @@
 """What Alpaca makes a model forget: the records that notebook 06 reads.
 
-    python benchmarks/forgetting.py --device cuda --jobs 8 --budget 540  # one GPU, nine minutes
-    python benchmarks/forgetting.py --quick                              # a CPU: all of it, tiny
+    python benchmarks/forgetting.py --device cuda --jobs 12  # an H200 under MPS: eight minutes
+    python benchmarks/forgetting.py --quick                  # a CPU: all of it, tiny
 
 Three parts, chosen with `--part teach,map,standard`:
 

@@ -22,8 +22,10 @@ from lora_kit.studies.forgetting_claims import (
 from lora_kit.studies.forgetting_report import (
     NO_RECORD,
     along,
+    difference_from,
     read_benchmarks,
     read_settings,
+    read_shifts,
     read_study,
     three_states,
 )
@@ -55,6 +57,16 @@ def cell_record(cell, kept):
     return new_record(
         STUDY, "c", parameters=parameters, metrics=metrics, seed=cell.seed, seconds=1.0
     )
+
+
+def taught_record(seed, taught=0.9, nf4=0.6):
+    """A base whose sums are right at `taught`, and at `nf4` through NF4."""
+    metrics = {
+        f"addition_strict_{which}": {"value": v, "stderr": 0.0, "low": v, "high": v, "n": N}
+        for which, v in (("taught", taught), ("nf4", nf4))
+    }
+    parameters = {"part": "teach"}
+    return new_record(STUDY, "c", parameters=parameters, metrics=metrics, seed=seed, seconds=1.0)
 
 
 def task_record(task, which, scores, parts=None):
@@ -235,13 +247,38 @@ def test_a_taught_base_is_made_again_only_for_cells_that_are_missing(script, tmp
 def test_three_states_pair_the_taught_base_with_the_centre_of_its_seed(tmp_path):
     tuned = cell_record(CENTRE, 45)
     assert three_states(write(tmp_path, tuned), "addition") == {}  # no taught base of that seed
-    states = {"taught": 0.9, "nf4": 0.6}
-    metrics = {
-        f"addition_strict_{which}": {"value": v, "stderr": 0.0, "low": v, "high": v, "n": N}
-        for which, v in states.items()
-    }
-    base = new_record(
-        STUDY, "c", parameters={"part": "teach"}, metrics=metrics, seed=CENTRE.seed, seconds=1.0
-    )
-    found = three_states(write(tmp_path, tuned, base), "addition")
+    found = three_states(write(tmp_path, tuned, taught_record(CENTRE.seed)), "addition")
     assert found == {CENTRE.seed: (0.9, 0.6, 0.45)}
+
+
+def test_shifts_are_paired_by_seed(tmp_path):
+    made = [taught_record(seed, nf4=0.5 + seed / 10) for seed in range(3)]
+    made += [cell_record(replace(CENTRE, seed=s), 40 + 10 * s) for s in range(3)]
+    made += [cell_record(replace(CENTRE, replay=0.2, seed=s), 50 + 10 * s) for s in range(2)]
+    centre, replayed = read_shifts(write(tmp_path, *made), "addition")
+    assert centre.from_centre == centre.loss == (0, 0, 0)
+    # Both rise by ten points a seed: the seeds differ, their differences do not.
+    assert centre.from_nf4 == pytest.approx((-0.1, -0.1, -0.1))
+    assert centre.from_taught[0] == pytest.approx(-0.4)
+    assert centre.from_taught[1] < -0.6
+    assert replayed.seeds == (0, 1)  # the third seed has no record with replay
+    assert replayed.from_centre == pytest.approx((0.1, 0.1, 0.1))
+    assert replayed.loss == pytest.approx((-0.2, -0.2, -0.2))
+    assert replayed.row()["less the centre"] == "+10.0 [+10.0, +10.0]"
+    assert read_shifts(read_study(tmp_path / "empty"), "addition") == []
+
+
+def test_a_setting_is_named_by_what_the_centre_has_not():
+    told = [difference_from(s) for s in settings()]
+    assert told[:3] == ["centre", "5% replay", "1% replay"]
+    assert {"rate 1e-03", "rank 64", "4,800 rows"} < set(told)
+    assert difference_from(replace(CENTRE, rank=4, replay=0.2)) == "rank 4, 20% replay"
+
+
+def test_the_claim_on_forgetting_names_the_setting_that_forgets_most(tmp_path):
+    made = [cell_record(replace(CENTRE, seed=s), 80 + s) for s in range(3)]
+    made += [cell_record(replace(CENTRE, learning_rate=1e-3, seed=s), 9 + s) for s in range(3)]
+    claim = judge_claims(write(tmp_path, *made))[0]
+    assert claim.verdict == NOT_AT_OURS  # judged at the centre
+    assert "most on the map: addition 0.89" in claim.ours
+    assert claim.ours.endswith("at rate 1e-03")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,72 @@ def three_states(
             before = (base.metrics[f"{key}_{which}"].value for which in ("taught", "nf4"))
             found[cell.seed] = (*before, record.metrics[f"{key}_after"].value)
     return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A setting's accuracy less three others, paired by seed, each as (mean, low, high) of
+    Student's 95 % interval: less the base as taught, less that base through NF4, less the centre
+    of the map after its training. loss: of Alpaca's held-out rows, less the centre's."""
+
+    cell: Cell
+    seeds: tuple[int, ...]
+    from_taught: tuple[float, float, float]
+    from_nf4: tuple[float, float, float]
+    from_centre: tuple[float, float, float]
+    loss: tuple[float, float, float]
+
+    def row(self) -> dict:
+        """One line of a table, in points; the loss in nats per token."""
+        shifts = {
+            "less as taught": self.from_taught,
+            "less NF4": self.from_nf4,
+            "less the centre": self.from_centre,
+        }
+        return {
+            "setting": difference_from(self.cell),
+            **{name: _points(shift) for name, shift in shifts.items()},
+            "Alpaca loss, less the centre's": "{:+.3f} [{:+.3f}, {:+.3f}]".format(*self.loss),
+        }
+
+
+def difference_from(cell: Cell, centre: Cell = CENTRE) -> str:
+    """What a setting has that the centre has not: "rank 64", "5% replay", or "centre"."""
+    told = {
+        "rank": f"rank {cell.rank}",
+        "learning_rate": f"rate {cell.learning_rate:.0e}",
+        "rows": f"{cell.rows:,} rows",
+        "replay": f"{cell.replay:.0%} replay",
+    }
+    some = [text for name, text in told.items() if getattr(cell, name) != getattr(centre, name)]
+    return ", ".join(some) or "centre"
+
+
+def read_shifts(
+    study: Study, skill: str, judge: str = "strict", centre: Cell = CENTRE
+) -> list[Shift]:
+    """Every setting against the taught base, its 4-bit copy and the centre, over the seeds that
+    have all four, in the order of `forgetting.settings`; empty without the centre's records."""
+    key, found = f"{skill}_{judge}", []
+    states = three_states(study, skill, judge, centre)
+    for setting in settings(centre):
+        pairs = []
+        for seed, state in states.items():
+            record = study.cells.get(replace(setting, seed=seed))
+            middle = study.cells[replace(centre, seed=seed)]
+            if record is not None:
+                after = record.metrics[f"{key}_after"].value
+                losses = [r.metrics["alpaca_loss_after"] for r in (record, middle)]
+                pairs.append([*(after - other for other in state), losses[0] - losses[1]])
+        if pairs:
+            intervals = (seed_interval(column) for column in zip(*pairs, strict=True))
+            seeds = tuple(s for s in states if replace(setting, seed=s) in study.cells)
+            found.append(Shift(setting, seeds, *intervals))
+    return found
+
+
+def _points(shift: tuple[float, float, float]) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in shift))
 
 
 def along(found: Sequence[Setting], name: str, centre: Cell = CENTRE) -> list[Setting]:
