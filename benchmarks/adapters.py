@@ -347,12 +347,20 @@ def mixed(args, folder: Path):
 class Bare:
     """In the place of MixedLora on a base that has none, not even its hooks."""
 
+    masked = True
+
     def rows(self, names):
         return contextlib.nullcontext()
 
+    using = rows
+
+    def places(self, names):
+        return [None] * len(names)
+
 
 def decode(args, folder: Path):
-    """A step of the engine's decoder, its cache holding 64 tokens of each row."""
+    """A step of the engine's decoder, its cache holding 64 tokens of each row. On a GPU it replays
+    a CUDA graph; the same is timed without it, kernel by kernel, launched from Python."""
     from lora_kit.lora import read_adapter
     from lora_kit.serve.decoder import Decoder
     from lora_kit.serve.mixed import MixedLora
@@ -367,13 +375,16 @@ def decode(args, folder: Path):
         ours = MixedLora(base(args))
         for name, path in found.items():
             ours.put(name, ours.factors(read_adapter(path)))
-        decoder, plain = Decoder(ours.model, ours), Decoder(base(args), Bare())
+        decoder, plain = Decoder(ours.model, ours, ROWS), Decoder(base(args), Bare(), ROWS)
         for count in (1, 8, 32):
             for side in (decoder, plain):
                 side.prefill([list(range(64))] * count, [None] * count)
 
-            def step(keys, side=decoder, count=count):
+            def step(keys, side=decoder, count=count, graphs=True):
+                kept = side.graphs
+                side.graphs = kept if graphs else None
                 side.step([5] * count, keys)
+                side.graphs = kept
                 side.cache.lengths = [64] * count
 
             names = [f"a{i % 16}" for i in range(count)]
@@ -382,6 +393,15 @@ def decode(args, folder: Path):
                 "one": lambda step=step, n=count: step(["a0"] * n),
                 "mixed": lambda step=step, names=names: step(names),
             }
+            if decoder.graphs is not None:
+                ways |= {
+                    "bare, launched": lambda step=step, side=plain, n=count: step(
+                        [None] * n, side, graphs=False
+                    ),
+                    "one, launched": lambda step=step, n=count: step(["a0"] * n, graphs=False),
+                }
+                for way in ways.values():  # a graph is recorded the second time
+                    way()
             times = in_turns(args, ways, repeats=3 if args.device == "cpu" else 10)
             over = {k: ratio(times[k], times["bare"]) for k in ("one", "mixed")}
             rows.append(
@@ -394,6 +414,18 @@ def decode(args, folder: Path):
                     "16 adapters in turn, over the base": over["mixed"][1],
                 }
             )
+            if decoder.graphs is not None:
+                launched = {k: times[f"{k}, launched"] for k in ("bare", "one")}
+                rows[-1] |= {
+                    "without graphs: bare base ms": middle(launched["bare"]),
+                    "one adapter ms, without": middle(launched["one"]),
+                }
+                metrics |= {
+                    f"graphs_faster_{k}_{'all' if targets is None else 'qv'}_{count}": ratio(
+                        launched[k], times[k]
+                    )[0]
+                    for k in launched
+                }
             key = f"{'all' if targets is None else 'qv'}_{count}"
             metrics[f"decode_over_base_{key}"] = over["one"][0]
             metrics[f"decode_mixed_over_base_{key}"] = over["mixed"][0]

@@ -251,3 +251,10 @@ def test_the_figure_fits_the_grid():
     )
     assert len(sweep_summary.draw_summary(many).axes) == 4
     assert isinstance(many, pd.DataFrame)
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", 3), ("0,1,5", [0, 1, 5]), ("5,", [5])])
+def test_seeds_are_a_number_of_them_or_which(text, seeds):
+    from lora_kit.studies.sweep_command import _seeds
+
+    assert _seeds(text) == seeds

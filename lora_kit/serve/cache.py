@@ -16,12 +16,14 @@ FIRST_ROWS, FIRST_TOKENS = 4, 64
 class RowCache:
     """Keys and values of `rows` sequences, for every layer (rows, heads, tokens, head_dim).
 
-    lengths: how many tokens of each row are there. A forward pass is opened with `prefill` or
-    `decode`, which say which rows it writes and where; the caller advances `lengths` when it ended
-    well, so that a pass that failed can be made again.
+    lengths: how many tokens of each row are there. version: another number whenever a buffer has
+    come or gone. kept_when_idle: whether buffers stay when the last row goes. A forward pass is
+    opened with `prefill`, `decode` or `decode_at`, which say which rows it writes and where; the
+    caller advances `lengths` when it ended well, so that a pass that failed can be made again.
     """
 
-    def __init__(self, layers: int):
+    def __init__(self, layers: int, first_rows: int = FIRST_ROWS):
+        self.first_rows, self.kept_when_idle, self.version = first_rows, False, 0
         self.keys: list[torch.Tensor | None] = [None] * layers
         self.values: list[torch.Tensor | None] = [None] * layers
         self.lengths: list[int] = []
@@ -60,8 +62,9 @@ class RowCache:
                 if tensor is not None and last < len(tensor):
                     tensor[last] = 0
         self.lengths.pop()
-        if not self.lengths:  # an idle server holds no memory
+        if not self.lengths and not self.kept_when_idle:  # an idle server holds no memory
             self.keys, self.values = [None] * len(self.keys), [None] * len(self.values)
+            self.version += 1
 
     @property
     def bytes(self) -> int:
@@ -88,12 +91,34 @@ class RowCache:
         mask = torch.arange(reach, device=device)[None] <= at[:, None]
         return at[:, None], mask[:, None, None]
 
+    def decode_at(self, at: torch.Tensor, reach: int) -> torch.Tensor:
+        """The next pass writes a token of each of the first rows at places `at` (rows,), a tensor
+        whose numbers may be others each time the pass is replayed, and sees `reach` tokens. The
+        buffers must be that large (`reserve`).
+
+        Returns:
+            mask (rows, 1, 1, reach), as `decode`.
+        """
+        self._rows, self._reach = slice(0, len(at)), reach
+        self._where = (torch.arange(len(at), device=at.device), at)
+        mask = torch.arange(reach, device=at.device)[None] <= at[:, None]
+        return mask[:, None, None]
+
+    @torch.inference_mode()
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make the buffers that are there at least so large."""
+        for tensors in (self.keys, self.values):
+            for layer, held in enumerate(tensors):
+                if held is not None:
+                    tensors[layer] = self._room(held, held, rows, tokens)
+
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_, **__):
         """Write a layer's new keys and values (rows, heads, tokens, head_dim); return all that the
         pass looks at."""
         found = []
         for tensors, new in ((self.keys, key), (self.values, value)):
-            held = tensors[layer] = self._room(tensors[layer], new)
+            rows = max(len(self.lengths), len(new))
+            held = tensors[layer] = self._room(tensors[layer], new, rows, self._reach)
             if self._where is None:
                 held[self._rows, :, : self._reach] = new
             else:
@@ -101,20 +126,20 @@ class RowCache:
             found.append(held[self._rows, :, : self._reach])
         return found[0], found[1]
 
-    def _room(self, held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    def _room(self, held: torch.Tensor | None, like: torch.Tensor, rows: int, tokens: int):
         """A buffer large enough: the one there is, or one of twice the size with its content."""
-        rows, tokens = len(self.lengths), self._reach
         if held is not None and held.shape[0] >= rows and held.shape[2] >= tokens:
             return held
         before = (0, 0) if held is None else (held.shape[0], held.shape[2])
         shape = [
-            _doubled(before[0] or FIRST_ROWS, rows),
-            new.shape[1],
+            _doubled(before[0] or self.first_rows, rows),
+            like.shape[1],
             _doubled(before[1] or FIRST_TOKENS, tokens),
-            new.shape[3],
+            like.shape[3],
         ]
         # Zeros, not whatever lay there: a masked place still takes part in 0 · value.
-        grown = new.new_zeros(shape)
+        grown = like.new_zeros(shape)
+        self.version += 1
         if held is not None:
             grown[: before[0], :, : before[1]] = held
         return grown

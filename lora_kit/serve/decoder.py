@@ -13,7 +13,8 @@ import torch
 from lora_kit.errors import BadInputError
 from lora_kit.serve.attention import NAME as ROW_ATTENTION
 from lora_kit.serve.attention import use_row_attention
-from lora_kit.serve.cache import RowCache
+from lora_kit.serve.cache import FIRST_ROWS, RowCache
+from lora_kit.serve.graphs import DecodeGraphs
 from lora_kit.serve.mixed import MixedLora
 
 
@@ -24,12 +25,14 @@ class Decoder:
         model: a causal language model of transformers with plain causal attention; where that is
             torch's (sdpa), it is given `attention`, which answers alike for all other callers too.
         mixed: its adapters; a row's key names one of them, or is None.
+        rows: how many there may be side by side; a hint for the cache's first buffers.
+        graphs: whether steps are recorded as CUDA graphs (`serve.graphs`); by default on a GPU.
 
     Raises:
         BadInputError: a model whose attention or output this decoder does not do.
     """
 
-    def __init__(self, model, mixed: MixedLora):
+    def __init__(self, model, mixed: MixedLora, rows: int = FIRST_ROWS, graphs: bool | None = None):
         config = model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         window = getattr(config, "sliding_window", None)
@@ -46,7 +49,11 @@ class Decoder:
         self.layers, self.head = model.get_decoder(), model.get_output_embeddings()
         weight = model.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.cache = RowCache(config.num_hidden_layers)
+        on_gpu = self.device.type == "cuda"
+        self.cache = RowCache(config.num_hidden_layers, rows if on_gpu else FIRST_ROWS)
+        # Recorded products are the masked ones: they alone have the same shape for every mix.
+        recorded = on_gpu and mixed.masked if graphs is None else graphs
+        self.graphs = DecodeGraphs(self) if recorded else None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], keys: Sequence[str | None]) -> torch.Tensor:
@@ -67,7 +74,7 @@ class Decoder:
             at = torch.arange(ids.shape[1], device=self.device)[None].expand(len(prompts), -1)
             causal = at[0][:, None] >= at[0][None, :]
             with self.mixed.rows(keys):
-                hidden = self._forward(ids, at, causal[None, None])
+                hidden = self.forward(ids, at, causal[None, None])
                 last = torch.tensor(lengths, device=hidden.device) - 1
                 logits = self.head(hidden[torch.arange(len(last), device=hidden.device), last])
         except BaseException:
@@ -85,17 +92,24 @@ class Decoder:
         Returns:
             (rows, vocabulary) float32. A pass that raises can be made again: nothing has moved.
         """
-        chosen = slice(0, len(self.cache)) if rows is None else rows
-        at, mask = self.cache.decode(chosen, self.device)
-        with self.mixed.rows(keys):
-            hidden = self._forward(torch.tensor(tokens)[:, None], at, mask)
-            logits = self.head(hidden[:, 0]).float()
+        logits = None
+        if rows is None and self.graphs is not None:
+            logits = self.graphs.step(tokens, keys)
+        if logits is None:
+            chosen = slice(0, len(self.cache)) if rows is None else rows
+            at, mask = self.cache.decode(chosen, self.device)
+            with self.mixed.rows(keys):
+                hidden = self.forward(torch.tensor(tokens)[:, None], at, mask)
+                logits = self.head(hidden[:, 0]).float()
         for row in range(len(self.cache)) if rows is None else rows:
             self.cache.lengths[row] += 1
         return logits
 
-    def _forward(self, ids: torch.Tensor, at: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        """(rows, tokens, hidden). allowed (1 or rows, 1, tokens, reach): where a token looks."""
+    def forward(self, ids: torch.Tensor, at: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """The last layer's output (rows, tokens, hidden) for tokens `ids` at places `at`.
+
+        allowed (1 or rows, 1, tokens, reach): where a token looks.
+        """
         mask = allowed
         if self.model.config._attn_implementation not in ("sdpa", ROW_ATTENTION):
             # Eager attention adds its mask.

@@ -55,6 +55,7 @@ class Engine:
         max_waiting: requests that may wait beside them; one more is refused.
         max_tokens_total: tokens of all rows together, prompts and answers; also the longest request
             there can be, where the model's own limit is not lower.
+        graphs: as of `Decoder`.
 
     Raises:
         BadInputError: a limit below 1, a pool of another model, or a model `Decoder` does not do.
@@ -68,6 +69,7 @@ class Engine:
         max_rows: int = 32,
         max_waiting: int = 256,
         max_tokens_total: int = 32_768,
+        graphs: bool | None = None,
     ):
         if min(max_rows, max_waiting, max_tokens_total) < 1:
             raise BadInputError("max_rows, max_waiting and max_tokens_total must be at least 1.")
@@ -78,7 +80,7 @@ class Engine:
         self.max_tokens_total = max_tokens_total
         own = getattr(model.config, "max_position_embeddings", None) or max_tokens_total
         self.longest = min(max_tokens_total, own)
-        self.decoder = Decoder(model, pool.mixed)
+        self.decoder = Decoder(model, pool.mixed, max_rows, graphs)
         self._ends = end_tokens(model, tokenizer)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._rows: list[_Row] = []

@@ -23,7 +23,7 @@ from lora_kit.fingerprint import fingerprint_model
 from lora_kit.lora_base import keep_from_repacking
 from lora_kit.lora_files import AdapterFiles, check_fit
 from lora_kit.lora_targets import linear_layers
-from lora_kit.serve.products import Batch, add_detour, plan_batch
+from lora_kit.serve.products import At, Batch, add_detour, begin_detour, plan_batch
 from lora_kit.serve.slots import Factors, Slots, site_of
 
 __all__ = ["Factors", "MixedLora"]
@@ -78,6 +78,11 @@ class MixedLora:
         self._hooks = [
             layer.register_forward_hook(self._hook(path)) for path, layer in self.layers.items()
         ]
+        if self.device.type == "cuda":
+            self._hooks += [
+                layer.register_forward_pre_hook(self._hook_before(path))
+                for path, layer in self.layers.items()
+            ]
 
     # ------------------------------------------------------------------ adapters
     def factors(self, files: AdapterFiles) -> Factors:
@@ -149,12 +154,29 @@ class MixedLora:
         Raises:
             UnknownNameError: an adapter that is not here.
         """
+        with self.using(self._plan(tuple(names))):
+            yield
+
+    @contextmanager
+    def using(self, batch: Batch | None) -> Iterator[None]:
+        """As `rows`, for a batch that is planned already; None is the bare base."""
         before = getattr(self._now, "batch", None)
-        self._now.batch = self._plan(tuple(names))
+        self._now.batch = batch
         try:
             yield
         finally:
             self._now.batch = before
+
+    def places(self, names: Sequence[str | None]) -> list[At]:
+        """Each row's page and slot, None for the bare base.
+
+        Raises:
+            UnknownNameError: an adapter that is not here.
+        """
+        with self._lock:
+            for name in set(names) - {None}:
+                self._known(name)
+            return [None if n is None else self.slots.at[n] for n in names]
 
     def _plan(self, names: tuple[str | None, ...]) -> Batch | None:
         if names.count(None) == len(names):
@@ -179,3 +201,13 @@ class MixedLora:
             return None if batch is None else add_detour(batch, path, site, inputs[0], out)
 
         return add
+
+    def _hook_before(self, path: str):
+        site = site_of(path)
+
+        def begin(_module, inputs) -> None:
+            batch = getattr(self._now, "batch", None)
+            if batch is not None and batch.kernels is not None:
+                begin_detour(batch, path, site, inputs[0])
+
+        return begin

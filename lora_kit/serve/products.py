@@ -18,12 +18,19 @@ set to zero (set, not multiplied: another adapter's overflow is not this row's):
 work in vain, but three kernels whatever the adapters, where gathering would launch many more; and
 layers that read one input share the first. Both give each row the same sum; they differ by its
 rounding. Which is faster where: `benchmarks/adapters.py --part products`.
+
+Recorded decoding steps (`serve.graphs`), whose slots are data, have a third where Triton is there:
+kernels in which each row reads its own slot (`serve.kernels`). The first product of a site runs
+beside the base's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 
@@ -79,7 +86,9 @@ class Batch:
     """Whose rows these are, with what was worked out about them.
 
     by_path: the pages that have a layer; orders, works, masks: made when first wanted; seen: what
-    layers that read one input share, (site, input, gathered rows or first products).
+    layers that read one input share, (site, input, gathered rows or first products). Of a recorded
+    batch: own, the rows' slots in a page, by its id; kernels, `serve.kernels` where it can be had;
+    side, the stream for first products, and waiting, whether one runs there.
     """
 
     at: list[At]
@@ -90,16 +99,48 @@ class Batch:
     works: dict[tuple[str, int], _Work] = field(default_factory=dict)
     masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
     seen: tuple | None = None
+    own: dict[int, torch.Tensor] = field(default_factory=dict)
+    kernels: ModuleType | None = None
+    side: torch.cuda.Stream | None = None
+    waiting: bool = False
 
 
 def plan_batch(at: Sequence[At], masked: bool, device: torch.device) -> Batch:
     """Args: at: each row's page and slot, None for the bare base; masked: see the module."""
     pages: dict[int, Page] = {id(a[0]): a[0] for a in at if a is not None}
+    return Batch(list(at), masked, torch.device(device), _by_path(pages.values()))
+
+
+def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor, side=None) -> Batch:
+    """A batch of one token a row whose slots are data: slots (pages, rows) holds each row's slot of
+    each page, -1 for none. What is recorded with it serves every choice of slots.
+
+    side: a stream for first products.
+    """
+    batch = Batch([None] * slots.shape[1], True, slots.device, _by_path(pages), side=side)
+    batch.kernels = _kernels() if slots.device.type == "cuda" else None
+    for page, own in zip(pages, slots, strict=True):
+        if batch.kernels is None:
+            batch.masks[id(page), 1] = _others(own, page.slots)
+        else:
+            batch.own[id(page)] = own
+    return batch
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("lora_kit.serve.kernels")
+    except ImportError:  # no Triton: the masked products do as well, more slowly
+        return None
+
+
+def _by_path(pages: Iterable[Page]) -> dict[str, list[Page]]:
     by_path: dict[str, list[Page]] = {}
-    for page in pages.values():
+    for page in pages:
         for path in page.place:
             by_path.setdefault(path, []).append(page)
-    return Batch(list(at), masked, torch.device(device), by_path)
+    return by_path
 
 
 def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.Tensor):
@@ -116,6 +157,8 @@ def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.T
     if out.requires_grad or not out.is_contiguous():
         out = out.clone()
     product = _masked if batch.masked else _gathered
+    if batch.kernels is not None:
+        product = _of_own_slots
     product(batch, pages, path, site, x, out)
     return out
 
@@ -260,7 +303,44 @@ def _hidden(batch: Batch, page: Page, site: str, flat: torch.Tensor) -> torch.Te
     if key not in batch.masks:
         own = [-1 if at is None or at[0] is not page else at[1] for at in batch.at]
         mine = torch.tensor(own, device=batch.device).repeat_interleave(each)
-        others = mine[:, None] != torch.arange(slots, device=batch.device)
-        batch.masks[key] = others[:, None, :, None]
+        batch.masks[key] = _others(mine, slots)
     hidden.view(len(flat), layers, slots, rank).masked_fill_(batch.masks[key], 0)
     return hidden
+
+
+def _others(own: torch.Tensor, slots: int) -> torch.Tensor:
+    """(tokens, 1, slots, 1), True for the slots that are not a token's own (tokens,)."""
+    return (own[:, None] != torch.arange(slots, device=own.device))[:, None, :, None]
+
+
+# ---------------------------------------------------------------------- own slots
+def begin_detour(batch: Batch, path: str, site: str, x: torch.Tensor) -> None:
+    """Before a layer's own product: let the first product of its detour run beside it."""
+    pages = batch.by_path.get(path)
+    if batch.kernels is None or pages is None:
+        return
+    if batch.seen is None or batch.seen[0] != site or batch.seen[1] is not x:
+        batch.seen = (site, x, {})
+    missing = [page for page in pages if id(page) not in batch.seen[2]]
+    if not missing:
+        return
+    flat = x.reshape(-1, x.shape[-1])
+    if batch.side is not None:
+        batch.side.wait_stream(torch.cuda.current_stream())
+        batch.waiting = True
+    with torch.cuda.stream(batch.side):  # None: where we are
+        for page in missing:
+            own = batch.own[id(page)]
+            batch.seen[2][id(page)] = batch.kernels.first_products(flat, page.a[site], own)
+
+
+def _of_own_slots(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> None:
+    begin_detour(batch, path, site, x)
+    if batch.waiting:
+        torch.cuda.current_stream().wait_stream(batch.side)
+        batch.waiting = False
+    wide = out.view(-1, out.shape[-1])
+    for page in pages:
+        _, number = page.place[path]
+        mine = batch.seen[2][id(page)][:, number]
+        batch.kernels.add_second_products(mine, page.b[path], batch.own[id(page)], wide)

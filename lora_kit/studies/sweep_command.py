@@ -15,7 +15,7 @@ def sweep(
         str, typer.Argument(help="A notebook (03), a recipe, a study, or FILE.py:FUNCTION.")
     ],
     grid: Annotated[Path, typer.Option(help="YAML: NAME: [values], or a list of settings.")],
-    seeds: Annotated[str, typer.Option(help="How many, or which: 0,1,5.")] = "3",
+    seeds: Annotated[str, typer.Option(help="How many, or which: 0,1,5; one alone: 5,")] = "3",
     parameter: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="Fix one parameter.")
     ] = None,
@@ -73,7 +73,9 @@ def sweep(
 
 def _seeds(text: str) -> int | list[int]:
     try:
-        numbers = [int(word) for word in text.split(",")]
+        numbers = [int(word) for word in text.removesuffix(",").split(",")]
     except ValueError:
-        raise BadInputError(f"--seeds takes a number, or numbers: 0,1,5; not {text!r}.") from None
+        raise BadInputError(
+            f"--seeds takes a number, or numbers: 0,1,5 (one alone: 5,); not {text!r}."
+        ) from None
     return numbers if "," in text else numbers[0]

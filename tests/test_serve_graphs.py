@@ -1,0 +1,199 @@
+"""Recorded decoding steps: what a recording answers for rows and adapters it was not made for.
+
+A CUDA graph is the kernels of a step with their addresses. Where there is no GPU, `tape` stands in
+for it and is as blind: it keeps the operations with the very tensors they read and wrote, and runs
+them again without any of the Python that led to them.
+"""
+
+import pytest
+import torch
+from serve_models import engine_over, llama, make_adapter, talking
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kit.lora import read_adapter
+from lora_kit.serve.decoder import Decoder
+from lora_kit.serve.graphs import DecodeGraphs
+from lora_kit.serve.mixed import MixedLora
+
+KINDS = {"a": (4, "all"), "b": (4, "all"), "c": (2, "q_proj"), "d": (4, "all")}
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.ran.append((function, args, kwargs or {}, out))
+        return out
+
+    def again(self):
+        for function, args, kwargs, out in self.ran:
+            fresh = function(*args, **kwargs)
+            for old, new in zip(_tensors(out), _tensors(fresh), strict=True):
+                old.copy_(new)
+
+
+def _tensors(out):
+    return [t for t in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(t)]
+
+
+def tape(work):
+    """As `CudaRecorder`: records work; what is returned runs it again."""
+    kept = Tape()
+    with kept:
+        out = work()
+
+    def replay():
+        kept.again()
+        return out
+
+    return replay
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: make_adapter(root / name, rank, targets, seed)
+        for seed, (name, (rank, targets)) in enumerate(KINDS.items())
+    }
+
+
+def decoder_over(folders, names, graphs):
+    model = llama()
+    mixed = MixedLora(model, masked=True)
+    for name in names:
+        mixed.put(name, mixed.factors(read_adapter(folders[name])))
+    decoder = Decoder(model, mixed, graphs=False)
+    if graphs:
+        decoder.graphs = DecodeGraphs(decoder, record=tape)
+    return decoder
+
+
+class Pair:
+    """A decoder that records and one that does not, told the same."""
+
+    def __init__(self, folders, names):
+        self.both = [decoder_over(folders, names, graphs) for graphs in (True, False)]
+        self.graphs, self.keys, self.drawn = self.both[0].graphs, [], 0
+
+    def add(self, *keys, tokens=5):
+        for key in keys:
+            prompt = torch.randint(60, (tokens,), generator=self._generator()).tolist()
+            for decoder in self.both:
+                decoder.prefill([prompt], [key])
+            self.keys.append(key)
+
+    def drop(self, row):
+        for decoder in self.both:
+            decoder.cache.drop(row)
+        self.keys[row] = self.keys[-1]
+        self.keys.pop()
+
+    def step(self, count=1):
+        for _ in range(count):
+            tokens = torch.randint(60, (len(self.keys),), generator=self._generator()).tolist()
+            ours, plain = (decoder.step(tokens, self.keys) for decoder in self.both)
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+    def _generator(self):
+        self.drawn += 1
+        return torch.Generator().manual_seed(self.drawn)
+
+
+def test_recorded_steps_answer_as_plain_ones_while_rows_come_and_go(folders):
+    pair = Pair(folders, "abc")
+    pair.add("a", None, "b")
+    pair.step(3)
+    assert len(pair.graphs.recorded) == 1
+    pair.keys[:] = ["b", "a", None]  # another mix of the same page: the same graph
+    pair.step(3)
+    assert len(pair.graphs.recorded) == 1
+    pair.add("c", "a", tokens=9)  # eight rows wide, two pages
+    pair.step(3)
+    pair.drop(0)
+    pair.drop(1)
+    pair.step(3)
+    pair.add(None, tokens=3)  # into the place of one that went
+    pair.step(3)
+    assert {key[0] for key in pair.graphs.recorded} == {4, 8}
+
+
+def test_a_step_that_looks_further_back_is_another_shape(folders):
+    pair = Pair(folders, "a")
+    pair.add("a", None, tokens=60)
+    pair.step(8)
+    assert {key[1] for key in pair.graphs.recorded} == {128}  # the buffers moved: 64 is forgotten
+    pair.add("a", tokens=200)
+    pair.step(3)
+    pair.drop(2)
+    pair.step(3)
+    assert {key[1] for key in pair.graphs.recorded} >= {128, 256}
+
+
+def test_a_slot_used_again_answers_with_what_lies_there_now(folders):
+    pair = Pair(folders, "ab")
+    pair.add("a", "b")
+    pair.step(3)
+    graphs = list(pair.graphs.recorded.values())
+    for decoder in pair.both:
+        decoder.mixed.drop("b")
+        decoder.mixed.put("d", decoder.mixed.factors(read_adapter(folders["d"])))
+    pair.keys[1] = "d"
+    pair.step(2)
+    assert list(pair.graphs.recorded.values()) == graphs
+
+
+def test_rows_that_only_fill_up_leave_no_trace(folders):
+    """Their places in the cache are written to, and taken by the next rows that come."""
+    pair = Pair(folders, "a")
+    pair.add("a", None, "a")
+    pair.step(3)
+    pair.add("a", tokens=1)
+    pair.step(3)
+
+
+def test_some_rows_and_new_shapes_are_run_as_they_are(folders):
+    decoder = decoder_over(folders, "a", graphs=True)
+    decoder.prefill([[1, 2], [3, 4]], ["a", None])
+    decoder.step([5, 6], ["a", None])
+    decoder.step([7], ["a"], rows=[0])
+    assert not decoder.graphs.recorded
+    decoder.step([5, 6], ["a", None])
+    assert len(decoder.graphs.recorded) == 1
+
+
+def test_what_cannot_be_recorded_goes_on_without(folders):
+    def out_of_memory(work):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
+
+    plain, decoder = (decoder_over(folders, "a", graphs=False) for _ in range(2))
+    decoder.graphs = DecodeGraphs(decoder, record=out_of_memory)
+    for side in (plain, decoder):
+        side.prefill([[1, 2, 3]], ["a"])
+    said = [torch.equal(plain.step([t], ["a"]), decoder.step([t], ["a"])) for t in (4,)]
+    with pytest.warns(UserWarning, match="decoding goes on without: CUDA out of memory. Tried"):
+        said.append(torch.equal(plain.step([5], ["a"]), decoder.step([5], ["a"])))
+    said.append(torch.equal(plain.step([6], ["a"]), decoder.step([6], ["a"])))
+    assert said == [True] * 3
+
+
+def test_an_engine_that_records_says_the_same(tokenizer):
+    from lora_kit.serve.handle import Request
+
+    def answers(graphs):
+        with engine_over(tokenizer, model=talking(), max_rows=3, graphs=False) as engine:
+            if graphs:
+                engine.decoder.graphs = DecodeGraphs(engine.decoder, record=tape)
+            handles = [
+                engine.submit(Request(f"sort {n}=", max_tokens=6 + n, ignore_eos=True))
+                for n in range(7)
+            ]
+            found = [handle.result().tokens for handle in handles]
+            return found, engine.decoder.graphs
+
+    ours, graphs = answers(True)
+    assert ours == answers(False)[0]
+    assert graphs.recorded
