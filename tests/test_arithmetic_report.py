@@ -179,6 +179,34 @@ def test_settings_are_paired_by_seed_and_sum():
     assert empty["8 digits"] == NO_RECORD
 
 
+def test_a_second_star_stands_after_holms_correction():
+    """Alone among the settings a difference keeps both stars; among four it loses one: p is 0.02,
+    four times that is not below 0.05."""
+    bits = ["0" * 10 + "1" * 10, "0" * 12 + "1" * 8, "0" * 11 + "1" * 9]
+    plain = Setting(DEFAULTS, {}, tuple(scored("plain", s, b) for s, b in enumerate(bits)))
+    gained = ["0" * 6 + "1" * 14, "0" * 7 + "1" * 13, "0" * 8 + "1" * 12]  # +0.2, +0.25, +0.15
+    changed = {"rank": 4}
+    better = Setting(
+        DEFAULTS | changed,
+        changed,
+        tuple(scored("plain", s, b, **changed) for s, b in enumerate(gained)),
+    )
+    noise = ["0" * 10 + "1" * 10, "0" * 11 + "1" * 9, "0" * 12 + "1" * 8]  # 0, +0.05, -0.05
+    others = [
+        Setting(
+            DEFAULTS | {"rank": n},
+            {"rank": n},
+            tuple(scored("plain", s, b, rank=n) for s, b in enumerate(noise)),
+        )
+        for n in (8, 16, 64)
+    ]
+    (alone,) = arithmetic_report.against(plain, [better], {"8 digits": [8]})
+    assert alone["8 digits"].endswith(") **")
+    rows = arithmetic_report.against(plain, [better, *others], {"8 digits": [8]})
+    assert rows[0]["8 digits"].endswith(") *")
+    assert not any("*" in row["8 digits"] for row in rows[1:])
+
+
 def test_seeds_that_agree_keep_an_interval():
     """Two seeds with every sum right leave Student's interval no width; Wilson's has one."""
     right = Setting(DEFAULTS, {}, tuple(scored("plain", s, "1" * 50) for s in (0, 1)))

@@ -264,11 +264,32 @@ def test_a_trial_gives_way_to_the_whole_and_tuned_runs_are_told_apart():
     assert shown >= {120, 500}
     (zero_shot,) = shop_report.standing(records, "match_random", "zero-shot")
     assert zero_shot.records[0].metrics["match_random_inside"].n > 60
-    found = shop_report.paired(records, "match", "inside", "tfidf", "tuned", 0, steps=300)
-    wanted = {"task": "match", "steps": 300, "train_rows": 0, "learning_rate": 1e-3}
+    asked, rate = (records, "match", "inside", "tfidf", "tuned"), {"learning_rate": 1e-3}
+    with pytest.raises(BadInputError, match="Several runs of tuned have the seed 0"):
+        shop_report.paired(*asked, 0, steps=300)  # there are three rates
+    found = shop_report.paired(*asked, 0, steps=300, **rate)
+    wanted = {"task": "match", "steps": 300, "train_rows": 0, **rate}
     (tuned,) = [r for r in records if r.seed == 0 and wanted.items() <= r.parameters.items()]
     free = [r for r in records if r.seed == 0 and r.parameters["method"] == "tfidf"]
     (free,) = [r for r in free if r.parameters["train_rows"] == 0 and "match_inside" in r.metrics]
     apart = tuned.metrics["match_inside"].value - free.metrics["match_inside"].value
     assert found.value == pytest.approx(apart, abs=0.02)  # the interval's centre is bootstrapped
-    assert shop_report.paired(records, "match", "inside", "tfidf", "tuned", 0, steps=7) is None
+    assert shop_report.paired(*asked, 0, steps=7) is None
+    names = [line["method"] for line in shop_report.quality(records, "match")]
+    assert len(names) == len(set(names)), "a rate of its own is named"
+
+
+def test_gains_are_paired_by_division_and_by_labels_learnt_from():
+    records = shop_report.read_study()
+    of = {"train_rows": 1000, "task": "match"}
+    kept = [r for r in records if of.items() <= r.parameters.items()]
+    (row,) = shop_report.gains(kept, "match", "tfidf", "tuned", steps=200)
+    scores = {
+        m: {r.seed: r.metrics["match_inside"].value for r in kept if r.parameters["method"] == m}
+        for m in ("tfidf", "tuned")
+    }
+    apart = [score - scores["tfidf"][seed] for seed, score in scores["tuned"].items()]
+    assert row["pairs"] == "1,000"
+    assert row["inside"].startswith(f"{np.mean(apart):+.3f} [")
+    assert row["inside: above, below 0"].endswith(f"of {len(apart)}")
+    assert shop_report.gains(kept, "match", "tfidf", "tuned", steps=7) == []

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_kit import store
 from lora_kit.arithmetic import KINDS
-from lora_kit.evaluate.statistics import Estimate, over_runs, paired_difference, proportion
+from lora_kit.evaluate.statistics import Estimate, holm, over_runs, paired_difference, proportion
 from lora_kit.studies import arithmetic_cells, coupled_cells, leakage_cells
 from lora_kit.studies.arithmetic_scores import artefact_rows
 from lora_kit.studies.records import Record, read_records
@@ -227,17 +227,33 @@ def against(
     base: Setting, settings: Sequence[Setting], groups: Mapping[str, Sequence[int]]
 ) -> list[dict]:
     """A row for each setting: seeds shared with `base`, and the paired difference to it for each
-    group of lengths, or that it was not run. A star marks an interval without 0."""
+    group of lengths, or that it was not run. A star marks an interval without 0, a second one what
+    stays below 0.05 after Holm's correction over the settings of its column."""
+    found = [{name: paired(base, s, some) for name, some in groups.items()} for s in settings]
+    kept = {name: _kept([row[name] for row in found]) for name in groups}
     rows = []
-    for setting in settings:
-        found = {name: paired(base, setting, some) for name, some in groups.items()}
-        cells = {name: difference(e) if e else "" for name, e in found.items()}
-        first = next(iter(found))
-        if found[first] is None:
+    for n, (setting, row) in enumerate(zip(settings, found, strict=True)):
+        cells = {k: difference(e) + "*" * kept[k][n] if e else "" for k, e in row.items()}
+        first = next(iter(row))
+        if row[first] is None:
             cells[first] = NO_RECORD
-        seeds = found[first].n if found[first] else 0
+        seeds = row[first].n if row[first] else 0
         rows.append({"setting": setting.label, "seeds": seeds, **cells})
     return rows
+
+
+def _kept(column: Sequence[Estimate | None]) -> list[bool]:
+    """Which differences over several seeds stay below 0.05 by Student's test and Holm's
+    correction."""
+    from scipy.stats import t
+
+    ps = {
+        n: 2 * float(t.sf(abs(e.value) / e.stderr, e.n - 1))
+        for n, e in enumerate(column)
+        if e and e.n > 1 and e.stderr
+    }
+    corrected = dict(zip(ps, holm(list(ps.values())) if ps else [], strict=True))
+    return [corrected.get(n, 1.0) < 0.05 for n in range(len(column))]
 
 
 def difference(e: Estimate) -> str:

@@ -132,12 +132,15 @@ def missing(records: Sequence[Record]) -> list[str]:
 
 
 def label(setting: Setting) -> str:
-    """A method in words: a tuned model's with its steps; "all tasks": one adapter for all."""
+    """A method in words: a tuned model's with its steps, and its rate where it is not the study's;
+    "all tasks": one adapter for all."""
     p = setting.parameters
     if setting.method == "tuned":
         steps = f"{p['steps']} steps" if p["steps"] else "an epoch"
         name = "LoRA" if p["quantization"] == "none" else "QLoRA"
         recipe = ", oswal" if p["recipe"] == "oswal" else ""
+        if not recipe and p["learning_rate"] != DEFAULTS["learning_rate"]:
+            recipe = f", rate {p['learning_rate']:g}"
         return f"{name}, {steps}{recipe}" + (", all tasks" if p["task"] == "all" else "")
     return setting.method
 
@@ -190,13 +193,22 @@ def _learnt(parameters: Mapping, task: str) -> int:
 
 
 def paired(
-    records: Sequence[Record], task: str, part: str, base: str, other: str, seed: int = 0, **wanted
+    records: Sequence[Record],
+    task: str,
+    part: str,
+    base: str,
+    other: str,
+    seed: int = 0,
+    train_rows: int = 0,
+    **wanted,
 ) -> Estimate | None:
     """F1 of one method less another's on the questions both have answered (the first so many of one
-    seed's); None where a record is missing. `wanted` keeps some of the other's runs ("steps"=300).
+    seed's), both made from as many training rows (0: all); None where a record is missing. `wanted`
+    keeps some of the other's runs ("steps"=300).
 
     Raises:
-        BadInputError: the two were asked other questions.
+        BadInputError: the two were asked other questions, or several of the other's runs are
+            wanted.
     """
     import numpy as np
 
@@ -206,13 +218,16 @@ def paired(
     for method in (base, other):
         for record in records:
             p = record.parameters
-            if (p["method"], record.seed, p["train_rows"]) != (method, seed, 0):
+            if (p["method"], record.seed, p["train_rows"]) != (method, seed, train_rows):
                 continue
             if method == other and any(p.get(k) != v for k, v in wanted.items()):
                 continue
             for item in record.tables.get("items", []):
-                if (item["task"], item["part"]) == (task, part):
-                    said[method] = item
+                if (item["task"], item["part"]) != (task, part):
+                    continue
+                if method == other and method in said:
+                    raise BadInputError(f"Several runs of {other} have the seed {seed}: name one.")
+                said[method] = item
     if len(said) < 2:
         return None
     n = min(len(item["truth"]) for item in said.values())
@@ -223,3 +238,31 @@ def paired(
     bits = [truths.pop(), *(said[m]["said"][:n] for m in (base, other))]
     truth, first, second = (names[[int(b) for b in text]].tolist() for text in bits)
     return difference_from_counts(binary_counts(truth, first), binary_counts(truth, second), f1_of)
+
+
+def gains(
+    records: Sequence[Record], task: str, base: str, other: str, **wanted
+) -> list[dict[str, str]]:
+    """What a method gains over another by number of training rows, paired by division: a line for
+    each number that both learnt from, with the mean over divisions and Student's interval, and in
+    how many divisions the paired interval over questions lies above 0 and below. `wanted` as in
+    `paired`."""
+    lines = []
+    counts = {s.parameters["train_rows"] for s in settings(records, method=other, **wanted)}
+    for count in sorted(counts, key=lambda n: n or float("inf")):
+        line = {"pairs": f"{count:,}" if count else "all"}
+        for part in ASKED:
+            tried = [
+                paired(records, task, part, base, other, seed, count, **wanted)
+                for seed in sorted({r.seed or 0 for r in records})
+            ]
+            found = [e for e in tried if e is not None]
+            if len(found) < 2:
+                break
+            e = over_runs([e.value for e in found])
+            line[part] = f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+            above, below = sum(e.low > 0 for e in found), sum(e.high < 0 for e in found)
+            line[f"{part}: above, below 0"] = f"{above}, {below} of {len(found)}"
+        else:
+            lines.append(line)
+    return lines
