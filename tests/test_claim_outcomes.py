@@ -150,9 +150,14 @@ def test_measured_checks_follow_the_records(monkeypatch):
     monkeypatch.setattr(measured, "_paper_steps", lambda: (("all r32 to all r128, a", True),))
     assert measured.higher_rank_is_better().verdict == REPRODUCED
     monkeypatch.setattr(measured, "_paper_steps", lambda: ())
-    assert measured.higher_rank_is_better().verdict == REPRODUCED
-    assert measured.both_placements_beat_one().verdict == REPRODUCED
+    for function in (measured.higher_rank_is_better, measured.both_placements_beat_one):
+        assert function().verdict == NOT_REPRODUCED  # addition alone decides nothing
+        assert "no record yet in data/results/07_specialists" in function().found
+    monkeypatch.setattr(measured, "_paper_steps", lambda: (("mlp r128 to all r128, a", True),))
+    assert "5 of 8 comparisons" in measured.both_placements_beat_one().found  # paired over seeds
+    assert measured.both_placements_beat_one().verdict == NOT_REPRODUCED
     monkeypatch.setattr(measured, "_placement", lambda: turned)
+    monkeypatch.setattr(measured, "_paper_steps", lambda: (("all r32 to all r128, a", True),))
     assert measured.higher_rank_is_better().verdict == NOT_REPRODUCED
 
 

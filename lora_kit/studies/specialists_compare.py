@@ -16,8 +16,9 @@ import pandas as pd
 
 from lora_kit.errors import BadInputError
 from lora_kit.evaluate.statistics import Estimate, paired_difference
+from lora_kit.studies.forgetting import seed_interval
 from lora_kit.studies.records import Record
-from lora_kit.studies.specialists import ANCHOR, SCALINGS, TASKS_AT_HAND
+from lora_kit.studies.specialists import ANCHOR, RANKS, SCALINGS, TASKS_AT_HAND
 from lora_kit.studies.specialists_analysis import per_doubling, spread_rules
 from lora_kit.studies.specialists_report import (
     PAPER_TABLES,
@@ -30,12 +31,20 @@ from lora_kit.studies.specialists_report import (
 )
 
 BASE = {"part": "base"}
+MEASURE = {  # of each task: its test and the metric that is shown for it
+    "gsm8k": ("gsm8k", "strict"),
+    "code": ("humaneval", "pass@10"),
+    "dialogue": ("dialogue", "rougeL"),
+}
 
 
-def adapter(task: str, rank: int, placement: str = "all", scaling: str = "fixed") -> dict:
+def adapter(
+    task: str, rank: int, placement: str = "all", scaling: str = "fixed", rate: float = 1e-3
+) -> dict:
     """The parameters that pick one setting's records; at the anchor rank the rules are one."""
     rule = {} if rank == ANCHOR else {"scaling": scaling}
-    return {"part": "tune", "task": task, "rank": rank, "placement": placement, **rule}
+    asked = {"part": "tune", "task": task, "rank": rank, "placement": placement}
+    return {**asked, "learning_rate": rate, **rule}
 
 
 def of_setting(study: Study, setting: Mapping) -> list[Record]:
@@ -99,7 +108,7 @@ def rule_slopes(study: Study) -> list[dict]:
     rows = []
     for task in TASKS_AT_HAND:
         some = cells[(cells["task"] == task) & (cells["placement"] == "all")]
-        some = spread_rules(some, ANCHOR)
+        some = spread_rules(some[some["rank"].isin(RANKS)], ANCHOR)
         for rule in SCALINGS:
             runs = with_all_seeds(some[some["scaling"] == rule], ["rank"])
             if runs["rank"].nunique() < 2:
@@ -115,7 +124,6 @@ def rule_slopes(study: Study) -> list[dict]:
                     "loss, lowest": at[ranks[0]],
                     "loss, highest": at[ranks[-1]],
                     "a doubling": f"{slope.value:+.4f} [{slope.low:+.4f}, {slope.high:+.4f}]",
-                    "runs": len(runs),
                 }
             )
     return rows
@@ -127,14 +135,17 @@ def with_all_seeds(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return frame[seeds == max(2, seeds.max())] if len(frame) else frame
 
 
-def by_alpha(study: Study, task: str) -> pd.DataFrame:
-    """The runs of one task on all layers whose setting has every seed, with `alpha` = s·r."""
-    cells = main_cells(frame_of(study.grid))
-    if cells.empty:
-        return cells.assign(alpha=[])
-    some = cells[(cells["task"] == task) & (cells["placement"] == "all")]
-    some = with_all_seeds(some, ["scaling", "rank"])
-    return some.assign(alpha=some["scale"] * some["rank"])
+def by_step(study: Study, task: str, placement: str = "all") -> pd.DataFrame:
+    """The runs of one task whose setting has every seed, at every rate, with `alpha` = s·r and
+    `step` = rate · s · r, by which Adam's first step goes (section 2 of the notebook)."""
+    frame = frame_of(study.grid)
+    if frame.empty:
+        return frame.assign(alpha=[], step=[])
+    some = frame[(frame["part"] == "tune") & (frame["task"] == task)]
+    some = some[(some["placement"] == placement) & some["rank"].isin(RANKS)]
+    some = with_all_seeds(some, ["scaling", "rank", "rate"])
+    alpha = some["scale"] * some["rank"]
+    return some.assign(alpha=alpha, step=some["rate"] * alpha)
 
 
 # ------------------------------------------------------------------ the paper's steps beside ours
@@ -212,6 +223,49 @@ def gains_over_base(study: Study) -> list[dict]:
     return rows
 
 
+WHOLE_RATE = 5e-5  # of full fine-tuning; an adapter's is twenty times as high
+
+
+def whole_models(study: Study) -> list[dict]:
+    """Every weight trained, against the rank-16 adapter of the same rows and steps: held-out loss
+    (paired by seed), own test and HellaSwag (paired by item), and the peaks of memory."""
+    frame, rows = frame_of(study.grid), []
+    for task in TASKS_AT_HAND:
+        whole = {"part": "full", "task": task, "learning_rate": WHOLE_RATE}
+        if not of_setting(study, whole):
+            continue
+        one = frame[(frame["task"] == task) & (frame["rank"] == ANCHOR)]
+        one = one[(one["placement"] == "all") & np.isclose(one["rate"].astype(float), 1e-3)]
+        one = pd.concat([one[one["part"] == "tune"], frame[frame["part"] == "full"]])
+        one = one[one["task"] == task].drop_duplicates(["part", "seed"])
+        told = {
+            "task": task,
+            "loss, whole": over_seeds(one[one["part"] == "full"]["loss"].tolist()),
+        }
+        told["minus the adapter's"] = loss_step(one, "part", "full", "tune")
+        test, metric = MEASURE[task]
+        for name, kind in ((test, metric), ("hellaswag", "acc_norm")):
+            step = score_step(study, name, kind, whole, adapter(task, ANCHOR))
+            told["own test" if name == test else "HellaSwag"] = "not run" if step is None else step
+        peaks = one.groupby("part")["peak_memory"].median() / 1e9
+        told["GB at the peak"] = f"{peaks['full']:.1f} and {peaks['tune']:.1f}"
+        rows.append({k: str(v) for k, v in told.items()})
+    return rows
+
+
+def loss_step(frame: pd.DataFrame, column: str, of, against) -> str:
+    """The difference of two settings' held-out losses, levels of `column`, as text: Student's 95 %
+    interval over the seeds that both have, paired. `-` where fewer than two have."""
+    wide = frame.pivot_table(index="seed", columns=column, values="loss")
+    if not {of, against} <= set(wide.columns):
+        return "-"
+    apart = (wide[of] - wide[against]).dropna().tolist()
+    if len(apart) < 2:
+        return "-"
+    mean, low, high = seed_interval(apart)
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
 # ------------------------------------------------------------------ bytes, seconds, routes
 
 
@@ -264,47 +318,4 @@ def route_rows(study: Study) -> list[dict]:
         ):
             told[name] = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
         rows.append(told)
-    return rows
-
-
-# ------------------------------------------------------------------ sizes
-
-
-def loss_by_size(study: Study, shape) -> pd.DataFrame:
-    """The runs at α = 16 whose setting has every seed, with `MB`: their adapter in 16 bits."""
-    from lora_kit.studies.specialists import adapter_bytes
-
-    cells = main_cells(frame_of(study.grid))
-    if cells.empty:
-        return pd.DataFrame(columns=["task", "placement", "rank", "MB", "loss", "seed"])
-    some = with_all_seeds(cells[cells["scaling"] == "fixed"], ["task", "placement", "rank"])
-    pairs = zip(some["rank"], some["placement"], strict=True)
-    return some.assign(MB=[adapter_bytes(shape, int(r), p) / 1e6 for r, p in pairs])
-
-
-def pick_at_size(study: Study) -> list[dict]:
-    """For each budget in MB and placement: the rank that fills it, the largest rank that was run
-    within it (α = 16, every seed), and its held-out loss on each task."""
-    from lora_kit.architectures import architecture
-    from lora_kit.studies.specialists import size_table
-
-    shape = architecture("smollm2-135m")
-    cells = main_cells(frame_of(study.grid))
-    sizes, rows = loss_by_size(study, shape), []
-    for row in size_table(shape):
-        place = row["placement"]
-        line = {"MB allowed": row["MB allowed"], "placement": place, "rank that fits": row["rank"]}
-        fits = sizes[(sizes["placement"] == place) & (sizes["MB"] <= row["MB allowed"])]
-        rank = None if fits.empty else int(fits["rank"].max())
-        line["rank run"] = "none so small" if rank is None else rank
-        line["MB"] = "" if rank is None else f"{fits[fits['rank'] == rank]['MB'].iloc[0]:.2f}"
-        for task in TASKS_AT_HAND:
-            if rank is None:
-                line[f"loss, {task}"] = ""
-                continue
-            some = cells[(cells["task"] == task) & (cells["placement"] == place)]
-            some = some[(some["scaling"] == "fixed") & (some["rank"] == rank)]
-            values = some["loss"].dropna().tolist()
-            line[f"loss, {task}"] = over_seeds(values) if values else "not run"
-        rows.append(line)
     return rows

@@ -228,10 +228,15 @@ class Ways:
     gains: dict[str, Estimate]
 
     def row(self) -> dict:
-        """One line of a table."""
+        """One line of a table; "–" where the router was not asked, since no answer is written."""
+        from lora_kit.studies.specialists_serving import OWNER
+
         line: dict = {"test": self.test, "metric": self.metric}
         for name in WAYS:
-            text = f"{self.means[name]:.3f}" if name in self.means else NO_RECORD
+            unasked = name == "routed" and self.test not in OWNER
+            text = NOT_COMPARABLE if unasked else NO_RECORD
+            if name in self.means:
+                text = f"{self.means[name]:.3f}"
             if gain := self.gains.get(name):
                 text += f" ({gain.low:+.3f} to {gain.high:+.3f})"
             line[name] = text
