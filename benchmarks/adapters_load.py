@@ -3,7 +3,7 @@
 The same quantities (total request time, time to first token, token streaming time; average and
 p90), the same users and adapters; random prompts of 30 to 500 tokens and answers of 1 to 120, times
 `--scale`. Not the same: the model, the hardware, the number of requests instead of two minutes, and
-no network between users and server.
+no network between users and server. On a GPU each load runs twice untimed first, for its graphs.
 """
 
 from __future__ import annotations
@@ -58,6 +58,15 @@ def asked(args, users: int, adapters, lengths=None):
     return Traffic(users, args.requests or max(users, 16), tuple(adapters), *lengths)
 
 
+def warm_up(args, engine, traffic) -> None:
+    """On a GPU, the traffic twice before it is timed: a server of some minutes has recorded its
+    graphs."""
+    from lora_kit.serve.traffic import drive
+
+    for _ in range(2 if args.device == "cuda" else 0):
+        drive(engine, traffic)
+
+
 def lorax(args, folder: Path, write_adapters, base):
     """Base alone and 25 adapters answer the same requests (but for the adapters), in turns."""
     from lora_kit.serve.traffic import drive
@@ -78,6 +87,7 @@ def lorax(args, folder: Path, write_adapters, base):
         found = {}
         ways = {"table 8": [None], "table 9": names}
         for table in list(ways) if turn % 2 else list(ways)[::-1]:
+            warm_up(args, engine, asked(args, users, ways[table]))
             found[table] = drive(engine, asked(args, users, ways[table]))
         for table, load in found.items():
             cpu = 1000 * load.cpu_seconds / sum(a.tokens_in + a.tokens_out for a in load.answered)
@@ -113,6 +123,7 @@ def one_replica(args, write_adapters, base) -> None:
         engine = open_engine(args, Path(folder), write_adapters, base)
         names = [f"a{i}" for i in range(MANY)]
         drive(engine, asked(args, 2, names, ((8, 8), (4, 4))))
+        warm_up(args, engine, asked(args, 50, names))
         print("ready", flush=True)
         sys.stdin.readline()
         load = drive(engine, asked(args, 50, names))

@@ -14,22 +14,24 @@ import torch
 import triton
 import triton.language as tl
 
-RANK_BLOCK, IN_BLOCK, OUT_BLOCK = 16, 256, 128
+# What a program of each kernel takes at once, and its warps; chosen by timing whole decoding steps.
+FIRST_RANKS, FIRST_INS, FIRST_WARPS = 8, 1024, 4
+SECOND_RANKS, SECOND_OUTS, SECOND_WARPS = 16, 128, 1
 
 
 @triton.jit
 def _first(
     x, a, own, hidden, layer_stride, width: tl.constexpr, rank: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, IN_BLOCK: tl.constexpr,
+    ranks: tl.constexpr, ins: tl.constexpr,
 ):  # fmt: skip
     row, layer = tl.program_id(0), tl.program_id(1)
     slot = tl.load(own + row)
     if slot >= 0:
-        r = tl.program_id(2) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+        r = tl.program_id(2) * ranks + tl.arange(0, ranks)
         factors = a + layer * layer_stride + (slot * rank + r[:, None]) * width
-        total = tl.zeros((RANK_BLOCK, IN_BLOCK), dtype=tl.float32)
-        for start in range(0, width, IN_BLOCK):
-            at = start + tl.arange(0, IN_BLOCK)
+        total = tl.zeros((ranks, ins), dtype=tl.float32)
+        for start in range(0, width, ins):
+            at = start + tl.arange(0, ins)
             mine = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
             inside = (r[:, None] < rank) & (at[None, :] < width)
             read = tl.load(factors + at[None, :], mask=inside, other=0.0)
@@ -41,15 +43,15 @@ def _first(
 @triton.jit
 def _second(
     hidden, b, own, out, row_stride, width: tl.constexpr, rank: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr,
+    ranks: tl.constexpr, outs: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(own + row)
     if slot >= 0:
-        at = tl.program_id(1) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
-        total = tl.zeros((OUT_BLOCK,), dtype=tl.float32)
-        for start in range(0, rank, RANK_BLOCK):
-            r = start + tl.arange(0, RANK_BLOCK)
+        at = tl.program_id(1) * outs + tl.arange(0, outs)
+        total = tl.zeros((outs,), dtype=tl.float32)
+        for start in range(0, rank, ranks):
+            r = start + tl.arange(0, ranks)
             mine = tl.load(hidden + row * row_stride + r, mask=r < rank, other=0.0)
             inside = (r[:, None] < rank) & (at[None, :] < width)
             factors = b + (slot * rank + r[:, None]) * width + at[None, :]
@@ -65,8 +67,11 @@ def first_products(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor) -> torch
     slot, own (rows,). Of rows without one, own < 0, H is left as it was found."""
     layers, _, rank, width = a.shape
     hidden = torch.empty((len(x), layers, rank), dtype=torch.float32, device=x.device)
-    grid = (len(x), layers, triton.cdiv(rank, RANK_BLOCK))
-    _first[grid](x, a, own, hidden, a.stride(0), width, rank, RANK_BLOCK, IN_BLOCK)
+    grid = (len(x), layers, triton.cdiv(rank, FIRST_RANKS))
+    ins = min(FIRST_INS, triton.next_power_of_2(width))
+    _first[grid](
+        x, a, own, hidden, a.stride(0), width, rank, FIRST_RANKS, ins, num_warps=FIRST_WARPS
+    )
     return hidden
 
 
@@ -76,5 +81,8 @@ def add_second_products(
     """out (rows, out_features) += the rows' own H B, b (slots, r, out_features); hidden (rows, r)
     may be a part of what `first_products` gave. Rows without a slot are not touched."""
     _, rank, width = b.shape
-    grid = (len(out), triton.cdiv(width, OUT_BLOCK))
-    _second[grid](hidden, b, own, out, hidden.stride(0), width, rank, RANK_BLOCK, OUT_BLOCK)
+    grid = (len(out), triton.cdiv(width, SECOND_OUTS))
+    _second[grid](
+        hidden, b, own, out, hidden.stride(0), width, rank, SECOND_RANKS, SECOND_OUTS,
+        num_warps=SECOND_WARPS,
+    )  # fmt: skip
