@@ -51,10 +51,7 @@ def child(job: dict, out: Path) -> None:
         raise SystemExit(why)
     from lora_kit.hardware import hold_to_t4_rules
 
-    if hold_to_t4_rules():
-        import torch
-
-        torch.backends.cuda.enable_cudnn_sdp(False)  # a T4 has no fused attention of cuDNN either
+    hold_to_t4_rules()
     import gc
     import traceback
 

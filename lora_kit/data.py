@@ -96,7 +96,8 @@ DATASETS: dict[str, DatasetSpec] = {
             "MIT",
             {"train": "train", "test": "test"},
             ("problem", "level", "type", "solution"),
-            notes="12,500 competition problems in seven subjects (Hendrycks et al. 2021).",
+            notes="12,500 competition problems in seven subjects (Hendrycks et al. 2021); the "
+            "authors' own hendrycks/competition_math was taken off the hub in January 2025.",
         ),
         DatasetSpec(
             "dolly",

@@ -141,8 +141,9 @@ def detect(folder: Path | None = None) -> Hardware:
 def hold_to_t4_rules() -> bool:
     """Cap this process's GPU memory at a T4's 15 GiB where LORA_KIT_T4_RULES=1 asks for it.
 
-    fp16 follows from `detect().dtype`; FlashAttention is off because a T4 has none. Returns whether
-    the rules are in force; on a CPU, or without the switch, nothing changes.
+    fp16 follows from `detect().dtype`; FlashAttention and cuDNN's fused attention are off because a
+    T4 has neither. Returns whether the rules are in force; on a CPU, or without the switch, nothing
+    changes.
     """
     import torch
 
@@ -151,7 +152,7 @@ def hold_to_t4_rules() -> bool:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, T4_MEMORY_BYTES / total))
     torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # nor has it cuDNN's fused attention
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return True
 
 

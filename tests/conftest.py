@@ -180,9 +180,12 @@ def fake_gpu(monkeypatch):
         monkeypatch.setattr(
             cuda, "set_per_process_memory_fraction", lambda part: calls.update(fraction=part)
         )
-        monkeypatch.setattr(
-            torch.backends.cuda, "enable_flash_sdp", lambda on: calls.update(flash=on)
-        )
+        for kind in ("flash", "cudnn"):
+            monkeypatch.setattr(
+                torch.backends.cuda,
+                f"enable_{kind}_sdp",
+                lambda on, kind=kind: calls.update({kind: on}),
+            )
         return calls
 
     return become

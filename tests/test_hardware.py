@@ -108,7 +108,7 @@ def test_a_newer_gpu_held_to_t4_rules(fake_gpu, monkeypatch):
     assert found.gpu_memory == found.gpu_memory_free == 15 * GIB
     assert found.name == f"{H100[0]}, held to T4 rules"
     assert hardware.hold_to_t4_rules()
-    assert calls == {"fraction": pytest.approx(15 / 79), "flash": False}
+    assert calls == {"fraction": pytest.approx(15 / 79), "flash": False, "cudnn": False}
 
 
 def test_a_smaller_gpu_held_to_t4_rules_keeps_its_memory(fake_gpu, monkeypatch):

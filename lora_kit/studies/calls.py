@@ -90,10 +90,8 @@ def obey_t4_rules() -> None:
     """Hold this process to a T4's rules where LORA_KIT_T4_RULES asks for it."""
     from lora_kit.hardware import hold_to_t4_rules, t4_rules_wanted
 
-    if t4_rules_wanted() and hold_to_t4_rules():
-        import torch
-
-        torch.backends.cuda.enable_cudnn_sdp(False)  # a T4 has no fused attention of cuDNN either
+    if t4_rules_wanted():  # a CPU's process need not load torch for it
+        hold_to_t4_rules()
 
 
 def tail(path: Path) -> str:
