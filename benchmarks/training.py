@@ -47,8 +47,8 @@ STRETCH = {
 }
 # (checkpointing, batch) of the memory part, by model; all tokens have a label.
 MEMORY = {SMALL: ((False, 6), (True, 12)), LARGE: ((False, 3), (True, 8))}
-# Of the memory part. Unsloth cuts its loss into pieces by what the GPU has free, up to 8 GiB: four
-# runs of at most 15 GiB leave it that, as a GPU of one's own does.
+# Of the memory part. A piece of Unsloth's loss takes at most half of what the GPU has free, up to
+# 2 GiB: four runs of at most 15 GiB leave it that, as a GPU of one's own does.
 AT_ONCE = 4
 
 

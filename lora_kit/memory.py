@@ -14,7 +14,7 @@ float32, else 2):
                  by engine: `engine_memory` has the formulas
     working      what the peak holds beyond that: the matrix library's workspace; the largest
                  weight dequantised, and with checkpointing one layer computed again, where these
-                 exceed the logits
+                 exceed the logits; under Unsloth its buffer for such a weight and rotary tables
     CUDA context the driver's own, which torch's counters do not show
 
 Full fine-tuning (rank 0) keeps every weight trainable: c bytes of weight, c of gradient, 4 of a
@@ -33,7 +33,7 @@ from lora_kit.architectures import (
     architecture,
     check_targets,
 )
-from lora_kit.engine_memory import ENGINES, step_bytes
+from lora_kit.engine_memory import ENGINES, step_bytes, unsloth_tiles_from
 from lora_kit.errors import BadInputError, unknown_name
 
 __all__ = [
@@ -283,10 +283,13 @@ def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, card
     full = rank == 0
     trained = shape.num_parameters if full else shape.lora_parameters(rank, targets)
     engine, flash = how
-    step = step_bytes(engine, shape, rank, batch, seq, c, checkpointing, flash)
-    largest = max(o * i for o, i in shape.linear_shapes().values()) * c
-    scratch = step.again + (largest if kind != "none" else 0)
-    workspace = WORKSPACE_HOPPER if card in HOPPER else WORKSPACE
+    # By the card, not by `flash`: a newer card held to T4 rules is still what Unsloth looks at.
+    tiles_from = unsloth_tiles_from(GPUS[card], card not in NO_FLASH)
+    step = step_bytes(engine, shape, rank, batch, seq, c, checkpointing, flash, tiles_from)
+    largest = max(o * i for o, i in shape.linear_shapes().values()) * c if kind != "none" else 0
+    scratch = step.again + largest
+    standing = step.tables + (largest if engine == "unsloth" else 0)
+    standing += WORKSPACE_HOPPER if card in HOPPER else WORKSPACE
     rows = {"weights": weights, "quantisation constants": constants}
     if full:
         rows["master weights"] = 4 * trained if c == 2 else 0
@@ -297,7 +300,7 @@ def _rows(shape, rank, targets, seq, dtype, kind, optimizer, checkpointing, card
         "optimiser states": _optimizer_bytes(optimizer, trained),
         "activations": step.kept,
         "logits and loss": step.loss,
-        "working": workspace + max(0, scratch - step.loss),
+        "working": standing + max(0, scratch - step.loss),
         "CUDA context": CUDA_CONTEXT,
     }
     return rows
