@@ -1,10 +1,13 @@
 """Running a notebook: checked parameters in; executed copy and record out, or which cell failed."""
 
+import base64
+import io
 import json
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image as Picture
 
 from lora_kit import store
 from lora_kit.errors import (
@@ -296,3 +299,29 @@ def test_notes_are_collected_and_later_ones_win():
     assert metrics == {"a": 3, "b": 2}
     assert tables == {"t": [{"b": 1, "a": 2}, {"b": 3, "a": 4}]}
     assert facts == {"model": {"name": "m"}}
+
+
+def test_in_place_pictures_take_fewer_colours_where_the_notebook_is_too_large(make, monkeypatch):
+    drawn = (
+        "import base64, io\nimport numpy as np\nfrom IPython.display import Image, display\n"
+        "from PIL import Image as Picture\n"
+        "x = np.linspace(0, 255, 200)\n"
+        "pixels = np.stack([*np.meshgrid(x, x), np.outer(x, x) / 255], -1)\n"
+        "made = io.BytesIO()\n"
+        "Picture.fromarray(pixels.astype('uint8')).save(made, 'PNG')\n"
+        "display(Image(made.getvalue()))"
+    )
+    path = make(drawn)
+
+    def picture():
+        runner.run_in_place(str(path))
+        held = nbformat.reads(path.read_text(), 4).cells[-1].outputs[0].data["image/png"]
+        with Picture.open(io.BytesIO(base64.b64decode(held))) as image:
+            return len(image.convert("RGB").getcolors(1 << 20)), path.stat().st_size
+
+    colours, size = picture()
+    assert colours > 10_000
+    monkeypatch.setattr(runner, "MOST_BYTES", size // 2)
+    fewer, smaller = picture()
+    assert fewer <= 256
+    assert smaller < size // 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import base64
+import io
 import logging
 import os
 import shlex
@@ -17,6 +19,9 @@ from lora_kit.errors import BadInputError, CorruptFileError, RunFailedError, unk
 from lora_kit.hardware import ChildrenMemory
 from lora_kit.notebook import MIME, SET_SWITCH, match_parameters, parameter_set
 from lora_kit.studies.records import Record, new_record, write_record
+
+MOST_BYTES = 300_000  # of a committed notebook
+COLOURS_TRIED = (256, 128, 64, 24)
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,8 @@ def run_notebook(
 def run_in_place(name: str, file: str | None = None) -> Path:
     """Execute a notebook with its default parameters, or with those of a parameter set (its outputs
     then say so), and store the outputs in the notebook itself, figures in `figures/`: how the
-    committed notebooks are made. A failed run changes nothing.
+    committed notebooks are made, pictures in fewer colours where one would pass 300 KB. A failed
+    run changes nothing.
 
     Raises:
         RunFailedError: names the cell.
@@ -183,8 +189,38 @@ def run_in_place(name: str, file: str | None = None) -> Path:
     for cell in executed.cells:
         for passing in ("papermill", "execution"):
             cell.metadata.pop(passing, None)
-    store.write_text(path, nbformat.writes(executed) + "\n")
+    store.write_text(path, _fitted(executed) + "\n")
     return path
+
+
+def _fitted(executed) -> str:
+    """The notebook as text, its pictures in fewer colours where it would be larger than a page of
+    the repository may be; `figures/` keeps them whole."""
+    import nbformat
+
+    text = nbformat.writes(executed)
+    for colours in COLOURS_TRIED:
+        if len(text.encode()) < MOST_BYTES:
+            break
+        for cell in executed.cells:
+            for out in cell.get("outputs", []):
+                picture = out.get("data", {}).get("image/png")
+                if picture:
+                    out["data"]["image/png"] = _in_fewer_colours(picture, colours)
+        text = nbformat.writes(executed)
+    return text
+
+
+def _in_fewer_colours(picture: str, colours: int) -> str:
+    """A PNG in base64 with a palette of so many colours, where that makes it smaller."""
+    from PIL import Image
+
+    raw, made = base64.b64decode(picture), io.BytesIO()
+    with Image.open(io.BytesIO(raw)) as image:
+        flat = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        flat.save(made, "PNG", optimize=True)
+    smaller = made.getvalue()
+    return base64.b64encode(smaller).decode() if len(smaller) < len(raw) else picture
 
 
 def collect_notes(executed) -> tuple[dict, dict, dict]:
