@@ -43,13 +43,8 @@ def tape(work):
     """As `CudaRecorder`: records work; what is returned runs it again."""
     kept = Tape()
     with kept:
-        out = work()
-
-    def replay():
-        kept.again()
-        return out
-
-    return replay
+        work()
+    return kept.again
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +157,18 @@ def test_prompts_together_are_as_alone(folders):
         pair.keys += keys
     assert pair.shapes("prefill") == [(2, 64)]
     pair.step(3)
+
+
+def test_more_rows_than_expected_are_made_room_for(folders):
+    pair = Pair(folders, "ab")
+    pair.add("a", "b")
+    pair.step(3)
+    pair.add(None, "a", "b")
+    pair.step(3)
+    for _ in range(3):
+        pair.drop(0)
+    pair.step(3)
+    assert {rows for rows, _ in pair.shapes("step")} == {2, 8}
 
 
 def test_widths_of_prompts():

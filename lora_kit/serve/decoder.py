@@ -25,7 +25,7 @@ class Decoder:
         model: a causal language model of transformers with plain causal attention; where that is
             torch's (sdpa), it is given `attention`, which answers alike for all other callers too.
         mixed: its adapters; a row's key names one of them, or is None.
-        rows: how many there may be side by side; a hint for the cache's first buffers.
+        rows: how many are expected side by side; a hint for the first buffers.
         graphs: whether passes are recorded as CUDA graphs (`serve.graphs`); by default on a GPU.
 
     Raises:
@@ -53,7 +53,7 @@ class Decoder:
         self.cache = RowCache(config.num_hidden_layers, rows if on_gpu else FIRST_ROWS)
         # Recorded products are the masked ones: they alone have the same shape for every mix.
         recorded = on_gpu and mixed.masked if graphs is None else graphs
-        self.graphs = StepGraphs(self) if recorded else None
+        self.graphs = StepGraphs(self, rows) if recorded else None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], keys: Sequence[str | None]) -> torch.Tensor:

@@ -34,7 +34,7 @@ FIRST_REACH = 64  # a decoding step looks back 64, 128, 256, ... tokens
 PROMPT_STEP, LONG_PROMPT = 64, 512  # prompts are 64, 128, ..., 512, 1024, 2048, ... tokens wide
 GRAPHS_KEPT = 128
 
-Work = Callable[[], torch.Tensor]
+Work = Callable[[], None]
 
 
 def padded(tokens: int) -> int:
@@ -46,8 +46,8 @@ def padded(tokens: int) -> int:
 
 @dataclass
 class _Recorded:
-    """numbers: what a pass is told; replay: runs it, returns logits (rows, vocabulary) that hold
-    until the next replay of any graph; pages: its adapters'."""
+    """numbers: what a pass is told; replay: runs it, its logits go where those of all graphs go;
+    pages: its adapters'."""
 
     numbers: torch.Tensor
     replay: Work
@@ -76,17 +76,12 @@ class CudaRecorder:
             with torch.cuda.graph(
                 graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
             ):
-                out = work()
+                work()
         finally:
             if collecting:
                 gc.enable()
         self.alive.add(graph)
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return out
-
-        return replay
+        return graph.replay
 
 
 class StepGraphs:
@@ -94,15 +89,17 @@ class StepGraphs:
 
     Args:
         decoder: a `Decoder`; its cache's buffers stay while it is idle, for the graphs write there.
+        rows: as many as are expected side by side; more are allowed.
         record: work → what runs it again; a CUDA graph by default.
     """
 
-    def __init__(self, decoder, record: Callable[[Work], Work] | None = None):
-        self.decoder, self.broken = decoder, False
+    def __init__(self, decoder, rows: int = 1, record: Callable[[Work], Work] | None = None):
+        self.decoder, self.rows, self.broken = decoder, _doubled(1, rows), False
         self.record = record or CudaRecorder()
         self.side = getattr(self.record, "side", None)
         self.recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
         self.met: Counter = Counter()
+        self._logits: torch.Tensor | None = None  # of a pass, one place for all graphs
         self._version = -1
         decoder.cache.kept_when_idle = True
 
@@ -163,6 +160,7 @@ class StepGraphs:
             return None
         self.decoder.cache.reserve(*room)
         self._forget_stale()
+        self._make_room(told[1])
         numbers, found = _numbers(*told, places, pages), self.recorded.get(key)
         if found is not None:
             self.recorded.move_to_end(key)
@@ -174,11 +172,22 @@ class StepGraphs:
             self.recorded[key] = found
             while len(self.recorded) > GRAPHS_KEPT:
                 self.recorded.popitem(last=False)
-        return found.replay()[: len(places)].clone()
+        found.replay()
+        return self._logits[: len(places)].clone()
+
+    def _make_room(self, rows: int) -> None:
+        if self._logits is None or len(self._logits) < rows:
+            shape = max(rows, self.rows), self.decoder.head.out_features
+            self._logits = torch.zeros(shape, device=self.decoder.device)
+            self.recorded.clear()  # they wrote to the place before
 
     def _make(self, numbers: torch.Tensor, work, pages: list[Page]) -> _Recorded | None:
+        def recorded() -> None:
+            logits = work(numbers, pages)
+            self._logits[: len(logits)].copy_(logits)
+
         try:
-            replay = self.record(lambda: work(numbers, pages))
+            replay = self.record(recorded)
         except RuntimeError as error:  # out of memory among them
             self.broken = True
             self.recorded.clear()
