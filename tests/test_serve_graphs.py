@@ -229,6 +229,49 @@ def test_what_cannot_be_recorded_goes_on_without(folders):
     assert decoder.graphs.broken
 
 
+def test_where_memory_is_short_for_a_while_recording_is_tried_again(folders):
+    failing = [True] * 2
+
+    def record(work):
+        if failing:
+            failing.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return tape(work)
+
+    pair = Pair(folders, "ab")
+    pair.graphs.record = record
+    pair.add("a", "b")
+    pair.step(20)
+    assert not pair.graphs.broken
+    assert pair.shapes("step") == [(2, 64)]
+
+
+def test_buffers_that_grew_in_part_are_not_taken_for_grown_ones(folders):
+    """As after a prompt that found no memory half way: a recorded pass must not grow the rest."""
+    pair = Pair(folders, "a")
+    pair.add("a", None)
+    pair.step(3)
+    cache = pair.both[0].cache
+    cache.keys[0] = cache._room(cache.keys[0], cache.keys[0], 4, 128)
+    sizes = []
+
+    def record(work):
+        sizes.extend(t.shape[2] for t in (*cache.keys, *cache.values))
+        return tape(work)
+
+    pair.graphs.record = record
+    pair.add("a", "a", tokens=70)
+    pair.step(3)
+    assert set(sizes) == {128}
+
+
+def test_graphs_where_there_can_be_none_are_refused(folders):
+    from lora_kit.errors import BadInputError
+
+    with pytest.raises(BadInputError, match="cannot be recorded"):
+        Decoder(llama(), MixedLora(llama(), masked=True), graphs=True)
+
+
 def test_an_engine_that_records_says_the_same(tokenizer):
     from lora_kit.serve.handle import Request
 

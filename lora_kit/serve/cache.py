@@ -11,19 +11,20 @@ from __future__ import annotations
 import torch
 
 FIRST_ROWS, FIRST_TOKENS = 4, 64
+IDLE_BYTES = 256 * 2**20
 
 
 class RowCache:
     """Keys and values of `rows` sequences, for every layer (rows, heads, tokens, head_dim).
 
     lengths: how many tokens of each row are there. version: another number whenever a buffer has
-    come or gone. kept_when_idle: whether buffers stay when the last row goes. A forward pass is
-    opened with `prefill`, `decode` or `decode_at`, which say which rows it writes and where; the
+    come or gone. kept_when_idle: whether small buffers stay when the last row goes. A forward pass
+    is opened with `prefill`, `decode` or `decode_at`, which say which rows it writes and where; the
     caller advances `lengths` when it ended well, so that a pass that failed can be made again.
     """
 
-    def __init__(self, layers: int, first_rows: int = FIRST_ROWS):
-        self.first_rows, self.kept_when_idle, self.version = first_rows, False, 0
+    def __init__(self, layers: int):
+        self.kept_when_idle, self.version = False, 0
         self.keys: list[torch.Tensor | None] = [None] * layers
         self.values: list[torch.Tensor | None] = [None] * layers
         self.lengths: list[int] = []
@@ -48,27 +49,30 @@ class RowCache:
         spoiled: it may hold NaN, which would reach the next row there through 0 · NaN.
         """
         last = len(self.lengths) - 1
-        if row != last:
-            length = self.lengths[last]
-            for tensors in (self.keys, self.values):
-                for tensor in tensors:
-                    if tensor is not None and last < len(tensor):
-                        if spoiled:
-                            tensor[row] = 0
-                        tensor[row, :, :length] = tensor[last, :, :length]
-            self.lengths[row] = length
-        elif spoiled:
+        length = self.lengths[last]
+        try:
             for tensor in (*self.keys, *self.values):
                 if tensor is not None and last < len(tensor):
-                    tensor[last] = 0
-        self.lengths.pop()
-        if not self.lengths and not self.kept_when_idle:  # an idle server holds no memory
-            self.keys, self.values = [None] * len(self.keys), [None] * len(self.values)
-            self.version += 1
+                    if spoiled:
+                        tensor[row] = 0
+                    if row != last:
+                        tensor[row, :, :length] = tensor[last, :, :length]
+        finally:  # whatever a device says, the row is gone
+            self.lengths[row] = length
+            self.lengths.pop()
+            # An idle server holds no memory, but what recorded passes write to.
+            if not self.lengths and not (self.kept_when_idle and self.bytes <= IDLE_BYTES):
+                self.keys, self.values = [None] * len(self.keys), [None] * len(self.values)
+                self.version += 1
 
     @property
     def bytes(self) -> int:
         return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has its buffers."""
+        return all(tensor is not None for tensor in (*self.keys, *self.values))
 
     # ------------------------------------------------------------------ a forward pass
     def prefill(self, rows: slice | torch.Tensor, tokens: int) -> None:
@@ -107,10 +111,9 @@ class RowCache:
 
     @torch.inference_mode()
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make the buffers that are there at least so large."""
-        first = self.keys[0]
-        if first is None or (first.shape[0] >= rows and first.shape[2] >= tokens):
-            return
+        """Make the buffers that are there at least so large, one after another: old and new ones of
+        all layers together would take half as much again. Where memory ends in between, some have
+        grown, and the next call goes on."""
         for tensors in (self.keys, self.values):
             for layer, held in enumerate(tensors):
                 if held is not None:
@@ -137,7 +140,7 @@ class RowCache:
             return held
         before = (0, 0) if held is None else (held.shape[0], held.shape[2])
         shape = [
-            _doubled(before[0] or self.first_rows, rows),
+            _doubled(before[0] or FIRST_ROWS, rows),
             like.shape[1],
             _doubled(before[1] or FIRST_TOKENS, tokens),
             like.shape[3],

@@ -13,7 +13,7 @@ import torch
 from lora_kit.errors import BadInputError
 from lora_kit.serve.attention import NAME as ROW_ATTENTION
 from lora_kit.serve.attention import use_row_attention
-from lora_kit.serve.cache import FIRST_ROWS, RowCache
+from lora_kit.serve.cache import RowCache
 from lora_kit.serve.graphs import StepGraphs, padded
 from lora_kit.serve.mixed import MixedLora
 
@@ -29,10 +29,11 @@ class Decoder:
         graphs: whether passes are recorded as CUDA graphs (`serve.graphs`); by default on a GPU.
 
     Raises:
-        BadInputError: a model whose attention or output this decoder does not do.
+        BadInputError: a model whose attention or output this decoder does not do, or graphs where
+            there can be none.
     """
 
-    def __init__(self, model, mixed: MixedLora, rows: int = FIRST_ROWS, graphs: bool | None = None):
+    def __init__(self, model, mixed: MixedLora, rows: int = 1, graphs: bool | None = None):
         config = model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         window = getattr(config, "sliding_window", None)
@@ -49,11 +50,16 @@ class Decoder:
         self.layers, self.head = model.get_decoder(), model.get_output_embeddings()
         weight = model.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
-        on_gpu = self.device.type == "cuda"
-        self.cache = RowCache(config.num_hidden_layers, rows if on_gpu else FIRST_ROWS)
-        # Recorded products are the masked ones: they alone have the same shape for every mix.
-        recorded = on_gpu and mixed.masked if graphs is None else graphs
-        self.graphs = StepGraphs(self, rows) if recorded else None
+        self.cache = RowCache(config.num_hidden_layers)
+        self.longest = getattr(config, "max_position_embeddings", None) or 0
+        # Products that gather have another shape for every mix, and these tables of positions look
+        # at the lengths from Python.
+        turned = getattr(config, "rope_parameters", None) or {}
+        can = self.device.type == "cuda" and mixed.masked
+        can = can and turned.get("rope_type") not in ("dynamic", "longrope")
+        if graphs and not can:
+            raise BadInputError("This model's passes cannot be recorded as CUDA graphs here.")
+        self.graphs = StepGraphs(self, rows) if can and graphs is not False else None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], keys: Sequence[str | None]) -> torch.Tensor:
@@ -64,7 +70,9 @@ class Decoder:
             leaves no row.
         """
         lengths = [len(p) for p in prompts]
-        width = max(lengths) if self.graphs is None else padded(max(lengths))
+        width = max(lengths)
+        if self.graphs is not None and not self.graphs.broken:
+            width = min(padded(width), max(width, self.longest))
         ids = torch.zeros((len(prompts), width), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -181,7 +182,8 @@ class Engine:
                 told = f"The engine failed: {_told(e)}."
                 rows = list(self._rows)
                 for row in rows:
-                    self._end(row, "error", told, spoiled=True)
+                    with suppress(Exception):  # it has been told
+                        self._end(row, "error", told, spoiled=True)
                 for handle in [] if rows else self._take_waiting(lambda _: True):
                     self._end_waiting(handle, "error", told)
         for row in list(self._rows):
@@ -260,6 +262,7 @@ class Engine:
     def _prefill(self, joining: list[tuple[Handle, str | None]]) -> None:
         began = handle_module.clock()
         try:
+            new = [self._row(handle, key, began) for handle, key in joining]
             logits = self.decoder.prefill(
                 [h.prompt_ids for h, _ in joining], [k for _, k in joining]
             )
@@ -272,21 +275,22 @@ class Engine:
                 self._end_waiting(handle, "error", f"The prompt failed: {_told(e)}.")
                 return
             half = len(joining) // 2
-            self._prefill(joining[:half])
-            self._prefill(joining[half:])
+            try:
+                self._prefill(joining[:half])
+            finally:
+                self._prefill(joining[half:])
             return
-        new = []
-        for handle, key in joining:
-            generator = None
-            if handle.request.temperature > 0:
-                generator = torch.Generator()
-                seed = handle.request.seed
-                generator.seed() if seed is None else generator.manual_seed(seed % 2**63)
-            text = TextStream(self.tokenizer, handle.request.stop)
-            new.append(_Row(handle, key, text, generator, began))
-            self._counts["prompt_tokens"] += len(handle.prompt_ids)
         self._rows += new
+        self._counts["prompt_tokens"] += sum(len(h.prompt_ids) for h, _ in joining)
         self._advance(new, logits)
+
+    def _row(self, handle: Handle, key: str | None, began: float) -> _Row:
+        generator = None
+        if handle.request.temperature > 0:
+            generator = torch.Generator()
+            seed = handle.request.seed
+            generator.seed() if seed is None else generator.manual_seed(seed % 2**63)
+        return _Row(handle, key, TextStream(self.tokenizer, handle.request.stop), generator, began)
 
     def _step(self) -> None:
         """One token for every row."""
@@ -350,13 +354,15 @@ class Engine:
         number = self._rows.index(row)
         self._rows[number] = self._rows[-1]
         self._rows.pop()
-        self.decoder.cache.drop(number, spoiled)
-        if row.key is not None:
-            self.pool.release(row.key)
-        rest = row.text.finish()
-        row.said += rest
-        row.handle.say(rest)
-        self._tell(row.handle, reason, error, row)
+        try:
+            self.decoder.cache.drop(number, spoiled)
+        finally:  # a device that fails keeps nobody waiting
+            if row.key is not None:
+                self.pool.release(row.key)
+            rest = row.text.finish()
+            row.said += rest
+            row.handle.say(rest)
+            self._tell(row.handle, reason, error, row)
 
     def _end_waiting(self, handle: Handle, reason: str, error: str | None = None) -> None:
         self._tell(handle, reason, error, None)

@@ -19,6 +19,7 @@ has, without an adapter. A shape is recorded the second time it is met.
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 import weakref
 from collections import Counter, OrderedDict
@@ -27,12 +28,15 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kit.serve.products import At, batch_of_pages
+from lora_kit.serve.products import At, batch_of_pages, join, own_slot_kernels
 from lora_kit.serve.slots import Page
 
 FIRST_REACH = 64  # a decoding step looks back 64, 128, 256, ... tokens
 PROMPT_STEP, LONG_PROMPT = 64, 512  # prompts are 64, 128, ..., 512, 1024, 2048, ... tokens wide
 GRAPHS_KEPT = 128
+PATIENCE = 4  # times that memory may be short, and meetings of a shape before it is tried again
+
+_recording = threading.Lock()  # the garbage collector is the whole process's
 
 Work = Callable[[], None]
 
@@ -60,26 +64,28 @@ class CudaRecorder:
     side: a second stream, for what may run beside the rest.
     """
 
-    def __init__(self):
-        self.stream, self.side = torch.cuda.Stream(), torch.cuda.Stream()
+    def __init__(self, device: torch.device):
+        self.stream, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.alive: weakref.WeakSet = weakref.WeakSet()
 
     def __call__(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         # A pool is given back with the last graph that uses it.
         pool = next((other.pool() for other in self.alive), None) or torch.cuda.graph_pool_handle()
-        # A graph that the garbage collector takes down meanwhile would spoil this one.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            # thread_local: adapters are read and copied by another thread meanwhile.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                work()
-        finally:
-            if collecting:
-                gc.enable()
+        with _recording:
+            # A graph that the garbage collector takes down meanwhile would spoil this one.
+            collecting, stream = gc.isenabled(), torch.cuda.current_stream()
+            gc.disable()
+            try:
+                # thread_local: adapters are read and copied by another thread meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    work()
+            finally:
+                torch.cuda.set_stream(stream)  # torch leaves it where a recording fails
+                if collecting:
+                    gc.enable()
         self.alive.add(graph)
         return graph.replay
 
@@ -95,7 +101,10 @@ class StepGraphs:
 
     def __init__(self, decoder, rows: int = 1, record: Callable[[Work], Work] | None = None):
         self.decoder, self.rows, self.broken = decoder, _doubled(1, rows), False
-        self.record = record or CudaRecorder()
+        self.failures = 0
+        if record is None:
+            own_slot_kernels()  # compiled now: not while something is recorded
+        self.record = record or CudaRecorder(decoder.device)
         self.side = getattr(self.record, "side", None)
         self.recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
         self.met: Counter = Counter()
@@ -120,7 +129,11 @@ class StepGraphs:
             mask = decoder.cache.decode_at(at, reach)
             batch = batch_of_pages(pages, numbers[2:], side=self.side) if pages else None
             with decoder.mixed.using(batch):
-                hidden = decoder.forward(ids[:, None], at[:, None], mask)
+                try:
+                    hidden = decoder.forward(ids[:, None], at[:, None], mask)
+                finally:
+                    if batch is not None:
+                        join(batch)
                 return decoder.head(hidden[:, 0]).float()
 
         return self._run(("step", rows, reach), work, told, places, (rows, reach))
@@ -155,25 +168,44 @@ class StepGraphs:
         pages = list({id(place[0]): place[0] for place in places if place is not None}.values())
         pages.sort(key=id)
         key = (*shape, *map(id, pages))
-        self.met[key] += 1
-        if self.broken or self.met[key] < 2 or self.decoder.cache.keys[0] is None:
+        if self.broken or not self.decoder.cache.complete:
             return None
-        self.decoder.cache.reserve(*room)
-        self._forget_stale()
-        self._make_room(told[1])
-        numbers, found = _numbers(*told, places, pages), self.recorded.get(key)
-        if found is not None:
-            self.recorded.move_to_end(key)
-            found.numbers.copy_(numbers, non_blocking=True)
-        else:
-            found = self._make(numbers.to(self.decoder.device), work, pages)
+        self.met[key] += 1
+        if self.met[key] < 2:
+            return None
+        try:
+            self.decoder.cache.reserve(*room)
+            self._forget_stale()
+            self._make_room(told[1])
+            numbers, found = _numbers(*told, places, pages), self.recorded.get(key)
             if found is None:
-                return None
-            self.recorded[key] = found
-            while len(self.recorded) > GRAPHS_KEPT:
-                self.recorded.popitem(last=False)
-        found.replay()
-        return self._logits[: len(places)].clone()
+                found = self._make(numbers.to(self.decoder.device), work, pages)
+                self.recorded[key] = found
+                if len(self.recorded) > GRAPHS_KEPT:
+                    self._forget(next(iter(self.recorded)))
+            else:
+                self.recorded.move_to_end(key)
+                found.numbers.copy_(numbers, non_blocking=True)
+            found.replay()
+            logits = self._logits[: len(places)].clone()
+        except Exception as error:  # no row has moved: the pass can be run as it is
+            self._give_up(key, error)
+            return None
+        self.failures = 0
+        return logits
+
+    def _give_up(self, key: tuple, error: Exception) -> None:
+        """After a failure: for a while where memory was short, else for good."""
+        self.recorded.clear()
+        self.failures += 1
+        self.met[key] = -PATIENCE
+        if isinstance(error, torch.OutOfMemoryError) and self.failures < PATIENCE:
+            return
+        self.broken = True
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"No CUDA graph could be recorded, the model goes on without: {reason}", stacklevel=2
+        )
 
     def _make_room(self, rows: int) -> None:
         if self._logits is None or len(self._logits) < rows:
@@ -181,23 +213,16 @@ class StepGraphs:
             self._logits = torch.zeros(shape, device=self.decoder.device)
             self.recorded.clear()  # they wrote to the place before
 
-    def _make(self, numbers: torch.Tensor, work, pages: list[Page]) -> _Recorded | None:
+    def _make(self, numbers: torch.Tensor, work, pages: list[Page]) -> _Recorded:
         def recorded() -> None:
             logits = work(numbers, pages)
             self._logits[: len(logits)].copy_(logits)
 
-        try:
-            replay = self.record(recorded)
-        except RuntimeError as error:  # out of memory among them
-            self.broken = True
-            self.recorded.clear()
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"No CUDA graph could be recorded, the model goes on without: {reason}",
-                stacklevel=2,
-            )
-            return None
-        return _Recorded(numbers, replay, [weakref.ref(page) for page in pages])
+        return _Recorded(numbers, self.record(recorded), [weakref.ref(page) for page in pages])
+
+    def _forget(self, key: tuple) -> None:
+        del self.recorded[key]
+        self.met.pop(key, None)
 
     def _forget_stale(self) -> None:
         """Graphs of buffers or pages that are no more."""
@@ -206,7 +231,7 @@ class StepGraphs:
             self.recorded.clear()
             self._version = version
         for key in [k for k, r in self.recorded.items() if any(p() is None for p in r.pages)]:
-            del self.recorded[key]
+            self._forget(key)
 
 
 def _numbers(lines: list, rows: int, places: list[At], pages: list[Page]) -> torch.Tensor:

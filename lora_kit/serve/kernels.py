@@ -86,3 +86,12 @@ def add_second_products(
         hidden, b, own, out, hidden.stride(0), width, rank, SECOND_RANKS, SECOND_OUTS,
         num_warps=SECOND_WARPS,
     )  # fmt: skip
+
+
+def try_out() -> None:
+    """Run both once, on nothing. Raises whatever Triton raises where it cannot."""
+    x, out = (torch.zeros((1, 16), dtype=torch.float16, device="cuda") for _ in range(2))
+    factors = torch.zeros((1, 1, 4, 16), dtype=torch.float16, device="cuda")
+    own = torch.zeros(1, dtype=torch.long, device="cuda")
+    add_second_products(first_products(x, factors, own)[:, 0], factors[0], own, out)
+    torch.cuda.synchronize()

@@ -118,7 +118,7 @@ def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor, tokens: int = 1, 
     tokens: of each row; side: a stream for first products.
     """
     batch = Batch([None] * slots.shape[1], True, slots.device, _by_path(pages), side=side)
-    batch.kernels = _kernels() if slots.device.type == "cuda" and tokens == 1 else None
+    batch.kernels = own_slot_kernels() if slots.device.type == "cuda" and tokens == 1 else None
     for page, own in zip(pages, slots, strict=True):
         if batch.kernels is None:
             batch.masks[id(page), tokens] = _others(own.repeat_interleave(tokens), page.slots)
@@ -128,11 +128,15 @@ def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor, tokens: int = 1, 
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def own_slot_kernels() -> ModuleType | None:
+    """`serve.kernels` where they run: Triton, its compiler and a GPU are there. Ask before anything
+    is recorded."""
     try:
-        return importlib.import_module("lora_kit.serve.kernels")
-    except ImportError:  # no Triton: the masked products do as well, more slowly
+        kernels = importlib.import_module("lora_kit.serve.kernels")
+        kernels.try_out()
+    except Exception:  # whatever is missing, the masked products do as well, more slowly
         return None
+    return kernels
 
 
 def _by_path(pages: Iterable[Page]) -> dict[str, list[Page]]:
@@ -324,7 +328,7 @@ def begin_detour(batch: Batch, path: str, site: str, x: torch.Tensor) -> None:
     missing = [page for page in pages if id(page) not in batch.seen[2]]
     if not missing:
         return
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     if batch.side is not None:
         batch.side.wait_stream(torch.cuda.current_stream())
         batch.waiting = True
@@ -334,11 +338,16 @@ def begin_detour(batch: Batch, path: str, site: str, x: torch.Tensor) -> None:
             batch.seen[2][id(page)] = batch.kernels.first_products(flat, page.a[site], own)
 
 
-def _of_own_slots(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> None:
-    begin_detour(batch, path, site, x)
+def join(batch: Batch) -> None:
+    """Wait for what runs beside."""
     if batch.waiting:
         torch.cuda.current_stream().wait_stream(batch.side)
         batch.waiting = False
+
+
+def _of_own_slots(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> None:
+    begin_detour(batch, path, site, x)
+    join(batch)
     wide = out.view(-1, out.shape[-1])
     for page in pages:
         _, number = page.place[path]
