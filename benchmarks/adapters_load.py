@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from adapters_timing import base, write_adapters
+
 USERS = (1, 5, 10, 20, 50)
 MANY = 25  # adapters of LoRA Land's one server
 
@@ -30,7 +32,7 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
-def open_engine(args, folder: Path, write_adapters, base):
+def open_engine(args, folder: Path):
     """A running engine with 25 adapters as LoRA Land's: rank 8 on the query and value layers."""
     from lora_kit.serve import handle
     from lora_kit.serve.engine import Engine
@@ -67,11 +69,11 @@ def warm_up(args, engine, traffic) -> None:
         drive(engine, traffic)
 
 
-def lorax(args, folder: Path, write_adapters, base):
+def lorax(args, folder: Path):
     """Base alone and 25 adapters answer the same requests (but for the adapters), in turns."""
     from lora_kit.serve.traffic import drive
 
-    engine = open_engine(args, folder, write_adapters, base)
+    engine = open_engine(args, folder)
     names = [f"a{i}" for i in range(MANY)]
     tables: dict[str, list[dict]] = {"table 7": [], "table 8": [], "table 9": []}
     metrics = {}
@@ -109,7 +111,7 @@ def lorax(args, folder: Path, write_adapters, base):
 # ------------------------------------------------------------------ replicas
 
 
-def one_replica(args, write_adapters, base) -> None:
+def one_replica(args) -> None:
     """A process of its own: 50 users and 25 adapters, its times on the last line."""
     import torch
 
@@ -120,7 +122,7 @@ def one_replica(args, write_adapters, base) -> None:
         os.sched_setaffinity(0, {cores[args.replica % len(cores)]})
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        engine = open_engine(args, Path(folder), write_adapters, base)
+        engine = open_engine(args, Path(folder))
         names = [f"a{i}" for i in range(MANY)]
         drive(engine, asked(args, 2, names, ((8, 8), (4, 4))))
         warm_up(args, engine, asked(args, 50, names))
@@ -131,7 +133,7 @@ def one_replica(args, write_adapters, base) -> None:
     print(json.dumps({**load.row(), "seconds": load.seconds}), flush=True)
 
 
-def replicas(args, folder: Path, *_):
+def replicas(args, folder: Path):
     """Two replicas get equal shares, as from a balancer that deals requests out in turn. On a CPU
     each has one core to itself; on GPUs its own, where there are as many."""
     rows = []

@@ -7,6 +7,8 @@ from lora_fixtures import PLACEMENTS, tiny_llama
 
 from lora_kit.lora import LoraSpec, add_lora, load_lora, lora_layers, save_lora
 
+KINDS = {"all4": (4, "all"), "one": (1, "all"), "attention8": (8, "attention"), "mlp2": (2, "mlp")}
+
 
 def llama(seed=0, **options):
     """Wide enough for blocks of 64, which bitsandbytes' kernel wants."""
@@ -27,6 +29,13 @@ def make_adapter(folder, rank, targets, seed, base=0, model=llama, noise=0.3, **
             drawn = torch.randn(layer.lora_B["default"].shape, generator=generator)
             layer.lora_B["default"].add_(drawn * noise)
     return save_lora(made, folder)
+
+
+def adapters_of_kinds(root):
+    """A folder of adapters for `talking`, one of each of KINDS."""
+    for i, (name, (rank, targets)) in enumerate(KINDS.items()):
+        make_adapter(root / name, rank, targets, i, model=talking)
+    return root
 
 
 def answers_alone(tokenizer, folder, prompts, tokens, model=talking):

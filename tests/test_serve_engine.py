@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from serve_fixtures import eventually
-from serve_models import answers_alone, engine_over, make_adapter, talking
+from serve_models import KINDS, adapters_of_kinds, answers_alone, engine_over, talking
 
 from lora_kit.errors import BadInputError, BusyError, UnknownNameError
 from lora_kit.serve import engine as engine_module
@@ -15,17 +15,13 @@ from lora_kit.serve import pool as pool_module
 from lora_kit.serve.engine import Engine, Request
 from lora_kit.serve.pool import AdapterPool
 
-KINDS = {"all4": (4, "all"), "one": (1, "all"), "attention8": (8, "attention"), "mlp2": (2, "mlp")}
 PROMPTS = ("reverse 417=", "12+34=", "x", "a much longer prompt than the others are, by far")
 TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    for i, (name, (rank, targets)) in enumerate(KINDS.items()):
-        make_adapter(root / name, rank, targets, i, model=talking)
-    return root
+    return adapters_of_kinds(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
@@ -79,59 +75,6 @@ def test_every_answer_is_as_alone_whatever_shares_the_batch(engine, alone):
             assert done.tokens == expected, pair
             assert done.reason == ("stop" if len(expected) < TOKENS - i % 3 else "length")
     assert settle(engine) == (0, 0)
-
-
-def test_the_logits_of_a_row_do_not_depend_on_its_neighbours(folder):
-    """Why greedy answers are the same: neighbours move a logit by rounding alone (1e-5 of the
-    largest), so only a tie closer than that can fall the other way."""
-    from lora_kit.serve.decoder import Decoder
-
-    model = talking()
-    pool = AdapterPool(model, folder)
-    decoder = Decoder(model, pool.mixed)
-    prompt, names = [5, 9, 200, 31], ["all4", "one", None, "attention8", "mlp2"]
-    keys = [n and pool.acquire(n, wait=True) for n in names]
-    single = {}
-    for key in set(keys):
-        steps = [decoder.prefill([prompt], [key])]
-        steps += [decoder.step([token], [key]) for token in (7, 8, 9)]
-        decoder.cache.drop(0)
-        single[key] = torch.cat(steps)
-    others = [[3] * n for n in (2, 9, 1, 30)]
-    for key in keys:
-        steps = [decoder.prefill([*others[:2], prompt], [keys[0], keys[1], key])[2]]
-        steps.append(decoder.step([1, 2, 7], [keys[0], keys[1], key])[2])
-        decoder.prefill(others[2:], [keys[3], keys[4]])
-        steps.append(decoder.step([1, 2, 8, 3, 4], [keys[0], keys[1], key, keys[3], keys[4]])[2])
-        decoder.cache.drop(0)  # the last row takes its place
-        steps.append(decoder.step([4, 2, 9, 3], [keys[4], keys[1], key, keys[3]])[2])
-        for _ in range(4):
-            decoder.cache.drop(0)
-        difference = (torch.stack(steps) - single[key]).abs().max() / single[key].abs().max()
-        assert difference < 1e-5
-
-
-@pytest.mark.parametrize("way", ["sdpa", "eager"])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_attention_of_every_kind_of_heads(way, groups):
-    """Grouped, multi-query and plain heads, torch's attention and the eager one: a step's logits
-    are the whole sequence's last ones, and transformers' own calls are answered as before."""
-    from serve_models import llama
-
-    from lora_kit.serve.decoder import Decoder
-
-    options = {"num_key_value_heads": groups, "attn_implementation": way}
-    model, prompts = llama(**options), [[1, 2, 3, 4], [9, 8], [5, 6, 7]]
-    with torch.inference_mode():
-        whole = [model(torch.tensor([[*p, 11, 12]])).logits[0, -1] for p in prompts]
-        decoder = Decoder(model, AdapterPool(model).mixed)
-        decoder.prefill(prompts, [None] * 3)
-        for token in (11, 12):
-            logits = decoder.step([token] * 3, [None] * 3)
-        again = [model(torch.tensor([[*p, 11, 12]])).logits[0, -1] for p in prompts]
-    for row, expected, later in zip(logits, whole, again, strict=True):
-        assert (row - expected).abs().max() < 1e-5 * expected.abs().max()
-        assert torch.equal(expected, later)
 
 
 def test_pieces_add_up_and_come_before_the_end(engine, alone):
@@ -363,18 +306,6 @@ def test_a_pass_that_raises_is_the_guilty_rows_own(folder, tokenizer, alone, mon
             else:
                 assert done.tokens == alone[name, PROMPTS[0]]
         assert settle(engine) == (0, 0)
-
-
-def test_an_adapter_that_cannot_be_read_is_told_to_those_who_want_it(tokenizer, tmp_path):
-    make_adapter(tmp_path / "good", 2, "attention", 1, model=talking)
-    bad = make_adapter(tmp_path / "bad", 2, "attention", 2, model=talking)
-    (bad / "adapter_model.safetensors").write_bytes(b"nothing")
-    with engine_over(tokenizer, tmp_path) as engine:
-        handles = [ask(engine, n) for n in ("bad", "good", "bad")]
-        ends = [h.result(20) for h in handles]
-        assert [e.reason == "error" for e in ends] == [True, False, True]
-        assert "adapter_model.safetensors" in ends[0].error
-        assert settle(engine)[0] == 0
 
 
 def test_memory_that_is_short_is_told_too(folder, tokenizer, monkeypatch):

@@ -1,7 +1,7 @@
 """What a failing device or row does to the requests of an engine: each is told, none waits."""
 
 import pytest
-from serve_models import engine_over
+from serve_models import engine_over, make_adapter, talking
 
 from lora_kit.serve.handle import Request
 
@@ -61,3 +61,14 @@ def test_a_first_half_that_fails_after_its_prompts_does_not_lose_the_second(toke
         assert len(found) == 2
         assert "error" in {done.reason for done in found}
         assert not engine.stats()["running"]
+
+
+def test_an_adapter_that_cannot_be_read_is_told_to_those_who_want_it(tokenizer, tmp_path):
+    make_adapter(tmp_path / "good", 2, "attention", 1, model=talking)
+    bad = make_adapter(tmp_path / "bad", 2, "attention", 2, model=talking)
+    (bad / "adapter_model.safetensors").write_bytes(b"nothing")
+    with engine_over(tokenizer, tmp_path) as engine:
+        ends = ended([engine.submit(Request("x", adapter=n)) for n in ("bad", "good", "bad")])
+        assert [e.reason == "error" for e in ends] == [True, False, True]
+        assert "adapter_model.safetensors" in ends[0].error
+        assert engine.stats()["adapters_in_use"] == 0

@@ -140,9 +140,9 @@ class RowCache:
             return held
         before = (0, 0) if held is None else (held.shape[0], held.shape[2])
         shape = [
-            _doubled(before[0] or FIRST_ROWS, rows),
+            doubled(before[0] or FIRST_ROWS, rows),
             like.shape[1],
-            _doubled(before[1] or FIRST_TOKENS, tokens),
+            doubled(before[1] or FIRST_TOKENS, tokens),
             like.shape[3],
         ]
         # Zeros, not whatever lay there: a masked place still takes part in 0 · value.
@@ -157,7 +157,8 @@ class RowCache:
         return 0
 
 
-def _doubled(size: int, wanted: int) -> int:
+def doubled(size: int, wanted: int) -> int:
+    """`size`, doubled until it is at least `wanted`."""
     while size < wanted:
         size *= 2
     return size

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kit.serve.cache import doubled
 from lora_kit.serve.products import At, batch_of_pages, join, own_slot_kernels
 from lora_kit.serve.slots import Page
 
@@ -44,7 +45,7 @@ Work = Callable[[], None]
 def padded(tokens: int) -> int:
     """The width a prompt of so many tokens is read at."""
     if tokens > LONG_PROMPT:
-        return _doubled(LONG_PROMPT, tokens)
+        return doubled(LONG_PROMPT, tokens)
     return -(-tokens // PROMPT_STEP) * PROMPT_STEP
 
 
@@ -94,13 +95,14 @@ class StepGraphs:
     """Runs a decoder's passes through recorded graphs.
 
     Args:
-        decoder: a `Decoder`; its cache's buffers stay while it is idle, for the graphs write there.
+        decoder: a `Decoder`; its cache's buffers, where they are small, stay while it is idle, for
+            the graphs write there.
         rows: as many as are expected side by side; more are allowed.
         record: work → what runs it again; a CUDA graph by default.
     """
 
     def __init__(self, decoder, rows: int = 1, record: Callable[[Work], Work] | None = None):
-        self.decoder, self.rows, self.broken = decoder, _doubled(1, rows), False
+        self.decoder, self.rows, self.broken = decoder, doubled(1, rows), False
         self.failures = 0
         if record is None:
             own_slot_kernels()  # compiled now: not while something is recorded
@@ -120,7 +122,7 @@ class StepGraphs:
             it is: its shape is new, or graphs cannot be had.
         """
         lengths, places = self.decoder.cache.lengths, self.decoder.mixed.places(keys)
-        rows, reach = _doubled(1, len(tokens)), _doubled(FIRST_REACH, max(lengths) + 1)
+        rows, reach = doubled(1, len(tokens)), doubled(FIRST_REACH, max(lengths) + 1)
         told = [tokens, lengths], rows
 
         def work(numbers: torch.Tensor, pages: list[Page]) -> torch.Tensor:
@@ -204,7 +206,7 @@ class StepGraphs:
         self.broken = True
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
-            f"No CUDA graph could be recorded, the model goes on without: {reason}", stacklevel=2
+            f"CUDA graphs cannot be had, the model goes on without: {reason}", stacklevel=2
         )
 
     def _make_room(self, rows: int) -> None:
@@ -245,9 +247,3 @@ def _numbers(lines: list, rows: int, places: list[At], pages: list[Page]) -> tor
         slots = [-1 if place is None or place[0] is not page else place[1] for place in places]
         told[i, :count] = torch.tensor(slots)
     return told.pin_memory() if torch.cuda.is_available() else told
-
-
-def _doubled(size: int, wanted: int) -> int:
-    while size < wanted:
-        size *= 2
-    return size

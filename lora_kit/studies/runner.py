@@ -199,14 +199,14 @@ def _fitted(executed) -> str:
     import nbformat
 
     text = nbformat.writes(executed)
+    outputs = [out for cell in executed.cells for out in cell.get("outputs", [])]
+    drawn = [out["data"] for out in outputs if "image/png" in out.get("data", {})]
+    whole = [data["image/png"] for data in drawn]
     for colours in COLOURS_TRIED:
         if len(text.encode()) < MOST_BYTES:
             break
-        for cell in executed.cells:
-            for out in cell.get("outputs", []):
-                picture = out.get("data", {}).get("image/png")
-                if picture:
-                    out["data"]["image/png"] = _in_fewer_colours(picture, colours)
+        for data, picture in zip(drawn, whole, strict=True):
+            data["image/png"] = _in_fewer_colours(picture, colours)
         text = nbformat.writes(executed)
     return text
 
