@@ -45,6 +45,10 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n:,})"
 
+    def signed(self, digits: int = 4) -> str:
+        """A difference with its interval, each number with its sign."""
+        return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(self.value, self.low, self.high, d=digits)
+
 
 @dataclass(frozen=True)
 class McNemar:

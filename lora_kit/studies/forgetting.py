@@ -18,6 +18,7 @@ from lora_kit.evaluate.statistics import (
     Estimate,
     McNemar,
     mcnemar,
+    over_runs,
     paired_difference,
     unpaired_difference,
     wilson,
@@ -276,10 +277,5 @@ def from_bits(text: str) -> list[float]:
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) over seeds: Student's 95 % interval; the mean thrice for a single seed."""
-    from scipy.stats import t
-
-    x = np.asarray(values, dtype=float)
-    if len(x) < 2:
-        return float(x.mean()), float(x.mean()), float(x.mean())
-    half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+    e = over_runs(values)
+    return e.value, e.low, e.high

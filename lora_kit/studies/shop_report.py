@@ -260,7 +260,7 @@ def gains(
             if len(found) < 2:
                 break
             e = over_runs([e.value for e in found])
-            line[part] = f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+            line[part] = e.signed(3)
             above, below = sum(e.low > 0 for e in found), sum(e.high < 0 for e in found)
             line[f"{part}: above, below 0"] = f"{above}, {below} of {len(found)}"
         else:

@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lora_kit.errors import BadInputError
-from lora_kit.evaluate.statistics import Estimate, paired_difference
-from lora_kit.studies.forgetting import seed_interval
+from lora_kit.evaluate.statistics import Estimate, over_runs, paired_difference
 from lora_kit.studies.records import Record
 from lora_kit.studies.specialists import ANCHOR, RANKS, SCALINGS, TASKS_AT_HAND
 from lora_kit.studies.specialists_analysis import per_doubling, spread_rules
@@ -66,8 +65,7 @@ class Step:
         return self.difference.low > 0
 
     def __str__(self) -> str:
-        d = self.difference
-        return f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+        return self.difference.signed()
 
     @property
     def of_seeds(self) -> str:
@@ -123,7 +121,7 @@ def rule_slopes(study: Study) -> list[dict]:
                     "ranks": f"{ranks[0]} to {ranks[-1]}",
                     "loss, lowest": at[ranks[0]],
                     "loss, highest": at[ranks[-1]],
-                    "a doubling": f"{slope.value:+.4f} [{slope.low:+.4f}, {slope.high:+.4f}]",
+                    "a doubling": slope.signed(),
                 }
             )
     return rows
@@ -260,10 +258,7 @@ def loss_step(frame: pd.DataFrame, column: str, of, against) -> str:
     if not {of, against} <= set(wide.columns):
         return "-"
     apart = (wide[of] - wide[against]).dropna().tolist()
-    if len(apart) < 2:
-        return "-"
-    mean, low, high = seed_interval(apart)
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return over_runs(apart).signed() if len(apart) > 1 else "-"
 
 
 # ------------------------------------------------------------------ bytes, seconds, routes

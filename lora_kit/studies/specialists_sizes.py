@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from lora_kit.evaluate.statistics import over_runs
 from lora_kit.studies.specialists import (
     ANCHOR,
     BUDGETS,
@@ -116,12 +117,10 @@ def pick_at_size(study: Study, shape) -> list[dict]:
 
 
 def _below(mine: pd.DataFrame, before: pd.DataFrame | None) -> str:
-    from lora_kit.studies.forgetting import seed_interval
-
     if before is None:
         return ""
     gain = (before.set_index("seed")["loss"] - mine.set_index("seed")["loss"]).dropna()
     if not gain.any():
         return "the same setting"
-    mean, low, high = seed_interval(gain.tolist())
-    return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+    e = over_runs(gain.tolist())
+    return f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"

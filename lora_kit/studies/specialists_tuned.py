@@ -34,11 +34,6 @@ FREE = "the best of all"
 LOW, HIGH = RANKS[0], RANKS[-1]
 
 
-def shown(e: Estimate, digits: int = 4) -> str:
-    """An estimate as text, with its sign and its interval."""
-    return f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
-
-
 def under_rule(study: Study, task: str, rule: str) -> pd.DataFrame:
     """A task's runs on all layers under one rule, rank 16 among them, at rates that all ranks
     have. `FREE`: under every rule, the rule told in `rate`, so that both are tuned together."""
@@ -61,8 +56,8 @@ def tuned_slopes(study: Study) -> list[dict]:
             if runs.empty or runs["rate"].nunique() < 2 or set(runs["rank"]) != set(RANKS):
                 continue
             best = tuned(runs, by=("rank",))
-            told = {"task": task, "rule": rule, "a doubling": shown(per_doubling(best, "loss"))}
-            told["rank 128 - rank 8"] = shown(ends(best))
+            told = {"task": task, "rule": rule, "a doubling": per_doubling(best, "loss").signed()}
+            told["rank 128 - rank 8"] = ends(best).signed()
             told |= {f"best, {r}": best_of(best, r) for r in (LOW, HIGH)}
             rows.append(told)
     return rows
@@ -93,7 +88,7 @@ def equal_steps(study: Study) -> list[dict]:
             at = {rate: runs[runs["rate"] == rate] for rate in RATES}
             rows.append(
                 {"task": task}
-                | {f"at {r:g}": shown(ends(some)) for r, some in at.items() if len(some)}
+                | {f"at {r:g}": ends(some).signed() for r, some in at.items() if len(some)}
             )
     return rows
 

@@ -72,12 +72,12 @@ def _with_language(sums: Outcome, which: str | tuple[str, ...]) -> Outcome:
 def _seeds_rise(low: Record, high: Record) -> tuple[bool, str]:
     """Whether the accuracy of `high` lies above that of `low` beyond Student's 95 % interval of
     their difference, paired by seed; and both means in words."""
-    from lora_kit.studies.forgetting import seed_interval
+    from lora_kit.evaluate.statistics import over_runs
 
     a, b = ({row["seed"]: row["accuracy"] for row in r.tables["seeds"]} for r in (low, high))
-    _, least, _ = seed_interval([b[seed] - a[seed] for seed in sorted(set(a) & set(b))])
+    apart = over_runs([b[seed] - a[seed] for seed in sorted(set(a) & set(b))])
     means = [r.metrics["accuracy"].value for r in (low, high)]
-    return least > 0, f"{means[0]:.2f} to {means[1]:.2f}"
+    return apart.low > 0, f"{means[0]:.2f} to {means[1]:.2f}"
 
 
 @check
