@@ -83,6 +83,7 @@ def lorax(args, folder: Path):
         ("0 adapters, 1 user", 1, [None]),
         ("25 adapters, 100 users", 100, names),
     ):
+        warm_up(args, engine, asked(args, users, adapters, short))
         load = drive(engine, asked(args, users, adapters, short))
         tables["table 7"].append({"what": label, "users": users, **load.row()})
     for turn, users in enumerate(USERS):

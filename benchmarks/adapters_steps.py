@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from functools import partial
 from pathlib import Path
 
 from adapters_timing import base, in_turns, middle, ratio, write_adapters
@@ -15,7 +16,9 @@ ROWS, DISTINCT = 32, (1, 2, 4, 8, 16)
 
 
 def mixed(args, folder: Path):
-    """A step of one token for each of 32 rows, without a cache, so that both sides do the same."""
+    """A step of one token for each of 32 rows, without a cache, so that all sides do the same. The
+    bare base is this kit's own, its products made as those under the adapters; transformers' beside
+    it, on which peft's adapters sit."""
     import torch
     from peft import PeftModel
 
@@ -44,20 +47,26 @@ def mixed(args, folder: Path):
                         model(ids, logits_to_keep=1)
 
         named = {n: [f"a{i % n}" for i in range(ROWS)] for n in distinct}
-        ways = {"bare": lambda step=step: step(plain, None)}
+        ways = {
+            "bare": lambda step=step: step(ours.model, [None] * ROWS),
+            "transformers": lambda step=step: step(plain, None),
+        }
         for n, names in named.items():
             ways[f"ours {n}"] = lambda names=names, step=step: step(ours.model, names)
             ways[f"peft {n}"] = lambda names=names, step=step: step(wrapped, names)
         times = in_turns(args, ways, repeats=1 if args.device == "cpu" else 10)
-        bare = statistics.median(times["bare"])
+        bare, other = (statistics.median(times[k]) for k in ("bare", "transformers"))
         for n in distinct:
             mine, theirs = times[f"ours {n}"], times[f"peft {n}"]
-            added = [max(1e-9, statistics.median(t) - bare) for t in (mine, theirs)]
+            added = [
+                max(1e-9, statistics.median(t) - b) for t, b in ((mine, bare), (theirs, other))
+            ]
             rows.append(
                 {
                     "tokens a row": tokens,
                     "adapters": n,
-                    "bare base ms": f"{bare:.4g}",
+                    "bare base ms: ours": f"{bare:.4g}",
+                    "transformers'": f"{other:.4g}",
                     "ours ms": middle(mine),
                     "peft ms": middle(theirs),
                     "peft over ours": ratio(theirs, mine)[1],
@@ -70,6 +79,10 @@ def mixed(args, folder: Path):
             f"sixteen_over_one_{tokens}": ratio(times["ours 16"], times["ours 1"])[0],
             f"peft_over_ours_{tokens}": ratio(times["peft 16"], times["ours 16"])[0],
             f"ours_over_base_{tokens}": ratio(times["ours 16"], times["bare"])[0],
+            f"one_over_base_{tokens}": ratio(times["ours 1"], times["bare"])[0],
+            f"ours_over_transformers_base_{tokens}": ratio(times["ours 16"], times["transformers"])[
+                0
+            ],
         }
     return metrics, {"32 rows": rows}
 
@@ -77,8 +90,9 @@ def mixed(args, folder: Path):
 # ------------------------------------------------------------------ decode
 
 
-class Bare:
-    """In the place of MixedLora on a base that has none, not even its hooks."""
+class Untouched:
+    """In the place of MixedLora on a base that is left to transformers: no hooks, no other
+    products."""
 
     masked = True
 
@@ -92,8 +106,9 @@ class Bare:
 
 
 def decode(args, folder: Path):
-    """A step of the engine's decoder, its cache holding 64 tokens of each row. On a GPU it replays
-    a CUDA graph; the same is timed without it, kernel by kernel, launched from Python."""
+    """A step of the engine's decoder, its cache holding 64 tokens of each row: without adapters,
+    with them, and over transformers' own products. On a GPU it replays a CUDA graph; the first two
+    are timed without it as well, kernel by kernel, launched from Python."""
     from lora_kit.lora import read_adapter
     from lora_kit.serve.decoder import Decoder
     from lora_kit.serve.mixed import MixedLora
@@ -105,12 +120,13 @@ def decode(args, folder: Path):
     }
     for kind, (rank, targets) in kinds.items():
         found = write_adapters(args, folder, 16, rank, targets)
-        ours = MixedLora(base(args))
+        ours, none = MixedLora(base(args)), MixedLora(base(args))
         for name, path in found.items():
             ours.put(name, ours.factors(read_adapter(path)))
-        decoder, plain = Decoder(ours.model, ours, ROWS), Decoder(base(args), Bare(), ROWS)
+        decoder, plain = Decoder(ours.model, ours, ROWS), Decoder(none.model, none, ROWS)
+        other = Decoder(base(args), Untouched(), ROWS)
         for count in (1, 8, 32):
-            for side in (decoder, plain):
+            for side in (decoder, plain, other):
                 side.prefill([list(range(64))] * count, [None] * count)
 
             def step(keys, side=decoder, count=count, graphs=True):
@@ -120,51 +136,48 @@ def decode(args, folder: Path):
                 side.graphs = kept
                 side.cache.lengths = [64] * count
 
-            names = [f"a{i % 16}" for i in range(count)]
+            nobody, names = [None] * count, [f"a{i % 16}" for i in range(count)]
             ways = {
-                "bare": lambda step=step, side=plain, n=count: step([None] * n, side),
-                "one": lambda step=step, n=count: step(["a0"] * n),
-                "mixed": lambda step=step, names=names: step(names),
+                "bare": partial(step, nobody, plain),
+                "transformers": partial(step, nobody, other),
+                "one": partial(step, ["a0"] * count),
+                "mixed": partial(step, names),
             }
             if decoder.graphs is not None:
-                ways |= {
-                    "bare, launched": lambda step=step, side=plain, n=count: step(
-                        [None] * n, side, graphs=False
-                    ),
-                    "one, launched": lambda step=step, n=count: step(["a0"] * n, graphs=False),
-                }
+                ways["bare, launched"] = partial(step, nobody, plain, graphs=False)
+                ways["one, launched"] = partial(step, ["a0"] * count, graphs=False)
                 for way in ways.values():  # a graph is recorded the second time
                     way()
             times = in_turns(args, ways, repeats=3 if args.device == "cpu" else 10)
             over = {k: ratio(times[k], times["bare"]) for k in ("one", "mixed")}
+            over["other"] = ratio(times["one"], times["transformers"])
             rows.append(
                 {
                     "adapters of": kind,
                     "rows": count,
                     "bare base ms": middle(times["bare"]),
+                    "transformers' products ms": middle(times["transformers"]),
                     "one adapter ms": middle(times["one"]),
                     "over the base": over["one"][1],
                     "16 adapters in turn, over the base": over["mixed"][1],
+                    "one adapter over transformers' base": over["other"][1],
                 }
             )
+            key = f"{'all' if targets is None else 'qv'}_{count}"
+            metrics[f"decode_over_base_{key}"] = over["one"][0]
+            metrics[f"decode_mixed_over_base_{key}"] = over["mixed"][0]
+            metrics[f"decode_over_transformers_base_{key}"] = over["other"][0]
             if decoder.graphs is not None:
                 launched = {k: times[f"{k}, launched"] for k in ("bare", "one")}
                 rows[-1] |= {
                     "without graphs: bare base ms": middle(launched["bare"]),
                     "one adapter ms, without": middle(launched["one"]),
                 }
-                metrics |= {
-                    f"graphs_faster_{k}_{'all' if targets is None else 'qv'}_{count}": ratio(
-                        launched[k], times[k]
-                    )[0]
-                    for k in launched
-                }
-            key = f"{'all' if targets is None else 'qv'}_{count}"
-            metrics[f"decode_over_base_{key}"] = over["one"][0]
-            metrics[f"decode_mixed_over_base_{key}"] = over["mixed"][0]
-            for _ in range(count):
-                decoder.cache.drop(0)
-                plain.cache.drop(0)
+                for k in launched:
+                    metrics[f"graphs_faster_{k}_{key}"] = ratio(launched[k], times[k])[0]
+            for side in (decoder, plain, other):
+                for _ in range(count):
+                    side.cache.drop(0)
     return metrics, {"a decoding step": rows}
 
 

@@ -35,6 +35,7 @@ def packed_linears(
     *models: nn.Module,
     tokens: int,
     weight_of: Callable[[nn.Module], Weight | None] = plain_weight,
+    when: Callable[[], bool] | None = None,
 ) -> Iterator[int]:
     """Within the block, the fp32 linear layers of these models run over packed weights.
 
@@ -46,6 +47,7 @@ def packed_linears(
         models: modules; a layer that is in several is packed once.
         tokens: the work ahead.
         weight_of: the weight and bias that a module stands for, or None to look inside it.
+        when: asked at each call whether to; by default always. Else a layer runs as it did.
 
     Yields:
         the number of layers packed.
@@ -64,7 +66,8 @@ def packed_linears(
             kept = packed.get(weight.data_ptr())
             if kept is None:
                 kept = packed[weight.data_ptr()] = _pack(weight.detach())
-            module.forward = partial(_product, kept, bias)
+            product = partial(_product, kept, bias)
+            module.forward = product if when is None else partial(_either, when, product, module)
         yield len(layers)
     finally:
         for module, _ in layers:
@@ -95,6 +98,10 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 
 def _product(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _either(when: Callable[[], bool], product, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return product(x) if when() else type(module).forward(module, x)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -12,22 +12,31 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("rank", "width", "out_width"), [(16, 576, 192), (21, 300, 130)])
-def test_each_row_is_multiplied_by_its_own_slot(dtype, rank, width, out_width):
+@pytest.mark.parametrize(
+    ("rank", "width", "out_widths"),
+    [(16, 576, (192, 576, 192)), (21, 300, (130, 70)), (4, 96, (8,))],
+)
+def test_each_row_is_multiplied_by_its_own_slot(dtype, rank, width, out_widths):
     kernels = pytest.importorskip("lora_kit.serve.kernels")
     place = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(0)}
     x = torch.randn(5, width, **place).to(dtype)
-    a = (0.1 * torch.randn(2, 4, rank, width, **place)).to(dtype)
-    b = (0.1 * torch.randn(4, rank, out_width, **place)).to(dtype)
-    before = torch.randn(5, out_width, **place).to(dtype)
+    layers = len(out_widths)
+    a = (0.1 * torch.randn(layers, 4, rank, width, **place)).to(dtype)
+    factors = [(0.1 * torch.randn(4, rank, n, **place)).to(dtype) for n in out_widths]
+    firsts = [sum(out_widths[i + 1 :]) for i in range(layers)]  # the last comes first
+    before = torch.randn(5, sum(out_widths), **place).to(dtype)
     own = torch.tensor([0, 3, -1, 2, 3], device="cuda")
     hidden = kernels.first_products(x, a, own)
-    for layer in range(2):
-        out, wanted = before.clone(), before.double()
-        kernels.add_second_products(hidden[:, layer], b, own, out)
+    together, alone, wanted = before.clone(), before.clone(), before.double()
+    kernels.add_second_products(hidden, factors, own, together, firsts)
+    for layer, (b, first) in enumerate(zip(factors, firsts, strict=True)):
+        part = slice(first, first + b.shape[2])
+        kernels.add_second_products(hidden[:, layer:], [b], own, alone, [first])
         for row, slot in enumerate(own.tolist()):
             if slot >= 0:
-                wanted[row] += x[row].double() @ a[layer, slot].double().T @ b[slot].double()
+                low = x[row].double() @ a[layer, slot].double().T
+                wanted[row, part] += low @ b[slot].double()
+    for out in (together, alone):
         assert torch.equal(out[2], before[2])
         tolerance = 4e-3 if dtype == torch.float16 else 1e-4
         torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)

@@ -10,6 +10,8 @@ for NVIDIA's GPUs.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ import triton.language as tl
 # What a program of each kernel takes at once, and its warps; chosen by timing whole decoding steps.
 FIRST_RANKS, FIRST_INS, FIRST_WARPS = 8, 1024, 4
 SECOND_RANKS, SECOND_OUTS, SECOND_WARPS = 16, 128, 1
+MOST_LAYERS = 3  # whose second products are one kernel: those of q, k and v
 
 
 @triton.jit
@@ -41,25 +44,44 @@ def _first(
 
 
 @triton.jit
-def _second(
-    hidden, b, own, out, row_stride, width: tl.constexpr, rank: tl.constexpr,
+def _add_block(
+    hidden, b, slot, out, block, width: tl.constexpr, rank: tl.constexpr,
     ranks: tl.constexpr, outs: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    at = block * outs + tl.arange(0, outs)
+    total = tl.zeros((outs,), dtype=tl.float32)
+    for start in range(0, rank, ranks):
+        r = start + tl.arange(0, ranks)
+        mine = tl.load(hidden + r, mask=r < rank, other=0.0)
+        inside = (r[:, None] < rank) & (at[None, :] < width)
+        factors = b + (slot * rank + r[:, None]) * width + at[None, :]
+        read = tl.load(factors, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(read * mine[:, None], axis=0)
+    before = tl.load(out + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(out + at, (before + total).to(out.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _second(
+    hidden, b0, b1, b2, own, out, hidden_stride, out_stride,
+    width0: tl.constexpr, width1: tl.constexpr, width2: tl.constexpr,
+    first0: tl.constexpr, first1: tl.constexpr, first2: tl.constexpr,
+    rank: tl.constexpr, ranks: tl.constexpr, outs: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0), tl.program_id(1)
+    blocks0: tl.constexpr = (width0 + outs - 1) // outs
+    blocks1: tl.constexpr = (width1 + outs - 1) // outs
     slot = tl.load(own + row)
     if slot >= 0:
-        at = tl.program_id(1) * outs + tl.arange(0, outs)
-        total = tl.zeros((outs,), dtype=tl.float32)
-        for start in range(0, rank, ranks):
-            r = start + tl.arange(0, ranks)
-            mine = tl.load(hidden + row * row_stride + r, mask=r < rank, other=0.0)
-            inside = (r[:, None] < rank) & (at[None, :] < width)
-            factors = b + (slot * rank + r[:, None]) * width + at[None, :]
-            read = tl.load(factors, mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(read * mine[:, None], axis=0)
-        to = out + row * width + at
-        before = tl.load(to, mask=at < width, other=0.0).to(tl.float32)
-        tl.store(to, (before + total).to(out.dtype.element_ty), mask=at < width)
+        mine, to = hidden + row * hidden_stride, out + row * out_stride
+        if block < blocks0:
+            _add_block(mine, b0, slot, to + first0, block, width0, rank, ranks, outs)
+        elif block < blocks0 + blocks1:
+            at = block - blocks0
+            _add_block(mine + rank, b1, slot, to + first1, at, width1, rank, ranks, outs)
+        else:
+            at = block - blocks0 - blocks1
+            _add_block(mine + 2 * rank, b2, slot, to + first2, at, width2, rank, ranks, outs)
 
 
 def first_products(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -76,15 +98,27 @@ def first_products(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor) -> torch
 
 
 def add_second_products(
-    hidden: torch.Tensor, b: torch.Tensor, own: torch.Tensor, out: torch.Tensor
+    hidden: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    own: torch.Tensor,
+    out: torch.Tensor,
+    firsts: Sequence[int] = (0,),
 ) -> None:
-    """out (rows, out_features) += the rows' own H B, b (slots, r, out_features); hidden (rows, r)
-    may be a part of what `first_products` gave. Rows without a slot are not touched."""
-    _, rank, width = b.shape
-    grid = (len(out), triton.cdiv(width, SECOND_OUTS))
+    """out (rows, columns) += the rows' own H B of one to three layers that read one input.
+
+    factors: the layers' b (slots, r, out_features); hidden (rows, at least so many layers, r) as
+    `first_products` gives it, or a part of it; firsts: the column of out where each layer begins.
+    Rows without a slot are not touched.
+    """
+    _, rank, _ = factors[0].shape
+    empty = MOST_LAYERS - len(factors)
+    widths = [b.shape[2] for b in factors] + [0] * empty
+    begins = [*firsts, *[0] * empty]
+    b0, b1, b2 = [*factors, *[factors[0]] * empty]
+    grid = (len(out), sum(triton.cdiv(width, SECOND_OUTS) for width in widths))
     _second[grid](
-        hidden, b, own, out, hidden.stride(0), width, rank, SECOND_RANKS, SECOND_OUTS,
-        num_warps=SECOND_WARPS,
+        hidden, b0, b1, b2, own, out, hidden.stride(0), out.stride(0), *widths, *begins,
+        rank, SECOND_RANKS, SECOND_OUTS, num_warps=SECOND_WARPS,
     )  # fmt: skip
 
 
@@ -93,5 +127,5 @@ def try_out() -> None:
     x, out = (torch.zeros((1, 16), dtype=torch.float16, device="cuda") for _ in range(2))
     factors = torch.zeros((1, 1, 4, 16), dtype=torch.float16, device="cuda")
     own = torch.zeros(1, dtype=torch.long, device="cuda")
-    add_second_products(first_products(x, factors, own)[:, 0], factors[0], own, out)
+    add_second_products(first_products(x, factors, own), [factors[0]], own, out)
     torch.cuda.synchronize()

@@ -4,13 +4,16 @@ The base's product is one for all rows. Its detours are not: row i wants s·B A 
 its own adapter. They lie in slots (`slots`), and are multiplied for all rows together (`products`).
 To switch a row is to name another slot: no weight moves.
 
-The products hang on the base's layers as forward hooks: the model itself, dense or in 4 bits, is
-left as it is, and outside `rows(...)` it answers as the bare base. (Chen et al. 2023, "Punica",
-section 4, whose CUDA kernel gathers likewise.)
+The products hang on the base's layers as forward hooks: the model, dense or in 4 bits, keeps its
+weights, and outside `rows(...)` it answers as the bare base, to the bit. Within, the base's own
+products are made as the device likes them: on a GPU those of one input together (`together`), on a
+CPU by oneDNN over packed weights (`lora_kit.packed_linear`). (Chen et al. 2023, "Punica", section
+4, whose CUDA kernel gathers likewise.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +26,10 @@ from lora_kit.fingerprint import fingerprint_model
 from lora_kit.lora_base import keep_from_repacking
 from lora_kit.lora_files import AdapterFiles, check_fit
 from lora_kit.lora_targets import linear_layers
-from lora_kit.serve.products import At, Batch, add_detour, begin_detour, plan_batch
+from lora_kit.packed_linear import TOKENS_FROM, packed_linears
+from lora_kit.serve.products import At, Batch, add_detour, add_detours, begin_detour, plan_batch
 from lora_kit.serve.slots import Factors, Slots, site_of
+from lora_kit.serve.together import Together, lay_together
 
 __all__ = ["Factors", "MixedLora"]
 
@@ -73,15 +78,22 @@ class MixedLora:
         self._plans: dict[tuple[str | None, ...], Batch] = {}
         self._now = threading.local()
         self._lock = threading.Lock()
+        self._undo = contextlib.ExitStack()
+        joined: list[Together] = []
+        if self.masked:
+            joined = lay_together(self.layers, self._joined)
+            for together in joined:
+                self._undo.callback(together.part)
+        packed = packed_linears(model, tokens=TOKENS_FROM, when=lambda: self._inferring)
+        self._undo.enter_context(packed)
+        apart = self.layers.keys() - {path for some in joined for path in some.layers}
         # On every layer from the start: a hook that came while another thread runs the model would
         # break into its walk through the hooks.
-        self._hooks = [
-            layer.register_forward_hook(self._hook(path)) for path, layer in self.layers.items()
-        ]
+        self._hooks = [self.layers[path].register_forward_hook(self._hook(path)) for path in apart]
         if self.device.type == "cuda":
             self._hooks += [
-                layer.register_forward_pre_hook(self._hook_before(path))
-                for path, layer in self.layers.items()
+                self.layers[path].register_forward_pre_hook(self._hook_before(path))
+                for path in apart
             ]
 
     # ------------------------------------------------------------------ adapters
@@ -136,10 +148,11 @@ class MixedLora:
         return list(self.slots.at)
 
     def close(self) -> None:
-        """Take all hooks and adapters off the model."""
+        """Take all hooks and adapters off the model, and leave its products to torch again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._plans = [], {}
+        self._undo.close()
         self.slots = Slots(self.slots.page_slots, self.slots.zeroed)
 
     def _known(self, name: str) -> None:
@@ -160,12 +173,24 @@ class MixedLora:
     @contextmanager
     def using(self, batch: Batch | None) -> Iterator[None]:
         """As `rows`, for a batch that is planned already; None is the bare base."""
-        before = getattr(self._now, "batch", None)
-        self._now.batch = batch
+        before = self._batch, self._serving
+        self._now.batch, self._now.serving = batch, True
         try:
             yield
         finally:
-            self._now.batch = before
+            self._now.batch, self._now.serving = before
+
+    @property
+    def _batch(self) -> Batch | None:
+        return getattr(self._now, "batch", None)
+
+    @property
+    def _serving(self) -> bool:
+        return getattr(self._now, "serving", False)
+
+    @property
+    def _inferring(self) -> bool:
+        return self._serving and not torch.is_grad_enabled()
 
     def places(self, names: Sequence[str | None]) -> list[At]:
         """Each row's page and slot, None for the bare base.
@@ -193,11 +218,29 @@ class MixedLora:
                 self._plans[names] = found
         return replace(found, seen=None)  # another thread may run a batch of the same rows
 
+    def _joined(self, together: Together, path: str, x: torch.Tensor) -> torch.Tensor:
+        """The forward pass of a layer that is multiplied together with others, detour and all."""
+        batch, site = self._batch, together.site
+        if not self._inferring or not together.current:
+            layer = together.layers[path]
+            out = torch.nn.functional.linear(x, layer.weight, layer.bias)
+            detoured = None if batch is None else add_detour(batch, path, site, x, out)
+            return out if detoured is None else detoured
+        parts = together.left(x, batch)
+        if path not in parts:  # each takes its part once: the same input later is multiplied again
+            if batch is not None:
+                begin_detour(batch, site, x)
+            out = together.product(x)
+            if batch is not None:
+                add_detours(batch, together.columns, site, x, out)
+            parts = together.keep(x, batch, out)
+        return parts.pop(path)
+
     def _hook(self, path: str):
         site = site_of(path)
 
         def add(_module, inputs, out):
-            batch = getattr(self._now, "batch", None)
+            batch = self._batch
             return None if batch is None else add_detour(batch, path, site, inputs[0], out)
 
         return add
@@ -206,8 +249,8 @@ class MixedLora:
         site = site_of(path)
 
         def begin(_module, inputs) -> None:
-            batch = getattr(self._now, "batch", None)
+            batch = self._batch
             if batch is not None and batch.kernels is not None:
-                begin_detour(batch, path, site, inputs[0])
+                begin_detour(batch, site, inputs[0])
 
         return begin

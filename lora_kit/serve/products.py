@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -85,16 +85,18 @@ class _Work:
 class Batch:
     """Whose rows these are, with what was worked out about them.
 
-    by_path: the pages that have a layer; orders, works, masks: made when first wanted; seen: what
-    layers that read one input share, (site, input, gathered rows or first products). Of a recorded
-    batch: own, the rows' slots in a page, by its id; kernels, `serve.kernels` where it can be had;
-    side, the stream for first products, and waiting, whether one runs there.
+    by_path, by_site: the pages that have a layer, or one of a site; orders, works, masks: made when
+    first wanted; seen: what layers that read one input share, (site, input, gathered rows or first
+    products). Of a recorded batch: own, the rows' slots in a page, by its id; kernels,
+    `serve.kernels` where it can be had; side, the stream for first products, and waiting, whether
+    one runs there.
     """
 
     at: list[At]
     masked: bool
     device: torch.device
     by_path: dict[str, list[Page]]
+    by_site: dict[str, list[Page]]
     orders: dict[tuple, _Order] = field(default_factory=dict)
     works: dict[tuple[str, int], _Work] = field(default_factory=dict)
     masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
@@ -108,7 +110,7 @@ class Batch:
 def plan_batch(at: Sequence[At], masked: bool, device: torch.device) -> Batch:
     """Args: at: each row's page and slot, None for the bare base; masked: see the module."""
     pages: dict[int, Page] = {id(a[0]): a[0] for a in at if a is not None}
-    return Batch(list(at), masked, torch.device(device), _by_path(pages.values()))
+    return Batch(list(at), masked, torch.device(device), *_where(pages.values()))
 
 
 def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor, tokens: int = 1, side=None) -> Batch:
@@ -117,7 +119,7 @@ def batch_of_pages(pages: Sequence[Page], slots: torch.Tensor, tokens: int = 1, 
 
     tokens: of each row; side: a stream for first products.
     """
-    batch = Batch([None] * slots.shape[1], True, slots.device, _by_path(pages), side=side)
+    batch = Batch([None] * slots.shape[1], True, slots.device, *_where(pages), side=side)
     batch.kernels = own_slot_kernels() if slots.device.type == "cuda" and tokens == 1 else None
     for page, own in zip(pages, slots, strict=True):
         if batch.kernels is None:
@@ -139,12 +141,15 @@ def own_slot_kernels() -> ModuleType | None:
     return kernels
 
 
-def _by_path(pages: Iterable[Page]) -> dict[str, list[Page]]:
+def _where(pages: Iterable[Page]) -> tuple[dict[str, list[Page]], dict[str, list[Page]]]:
     by_path: dict[str, list[Page]] = {}
+    by_site: dict[str, list[Page]] = {}
     for page in pages:
         for path in page.place:
             by_path.setdefault(path, []).append(page)
-    return by_path
+        for site in page.a:
+            by_site.setdefault(site, []).append(page)
+    return by_path, by_site
 
 
 def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.Tensor):
@@ -160,11 +165,27 @@ def add_detour(batch: Batch, path: str, site: str, x: torch.Tensor, out: torch.T
             return add_detour(batch, path, site, x, out)
     if out.requires_grad or not out.is_contiguous():
         out = out.clone()
-    product = _masked if batch.masked else _gathered
     if batch.kernels is not None:
-        product = _of_own_slots
-    product(batch, pages, path, site, x, out)
+        _of_own_slots(batch, pages, {path: slice(None)}, site, x, out)
+    else:
+        product = _masked if batch.masked else _gathered
+        product(batch, pages, path, site, x, out)
     return out
+
+
+def add_detours(
+    batch: Batch, columns: Mapping[str, slice], site: str, x: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Add the rows' own detours at all layers of a site to what they answered side by side.
+
+    columns: {path: its columns of out}; x (rows, ..., in), out (rows, ..., columns), contiguous.
+    Without gradients, and not for products that are gathered.
+    """
+    if batch.kernels is not None:
+        _of_own_slots(batch, batch.by_site.get(site, []), columns, site, x, out)
+        return
+    for path, part in columns.items():
+        _masked(batch, batch.by_path.get(path, []), path, site, x, out[..., part])
 
 
 # ---------------------------------------------------------------------- gathered
@@ -318,9 +339,9 @@ def _others(own: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------- own slots
-def begin_detour(batch: Batch, path: str, site: str, x: torch.Tensor) -> None:
-    """Before a layer's own product: let the first product of its detour run beside it."""
-    pages = batch.by_path.get(path)
+def begin_detour(batch: Batch, site: str, x: torch.Tensor) -> None:
+    """Before a layer's own product: let the first products of its site run beside it."""
+    pages = batch.by_site.get(site)
     if batch.kernels is None or pages is None:
         return
     if batch.seen is None or batch.seen[0] != site or batch.seen[1] is not x:
@@ -345,11 +366,19 @@ def join(batch: Batch) -> None:
         batch.waiting = False
 
 
-def _of_own_slots(batch: Batch, pages: list[Page], path: str, site: str, x, out) -> None:
-    begin_detour(batch, path, site, x)
+def _of_own_slots(
+    batch: Batch, pages: list[Page], columns: Mapping[str, slice], site: str, x, out
+) -> None:
+    """columns: {path: its columns of out}."""
+    begin_detour(batch, site, x)
     join(batch)
     wide = out.view(-1, out.shape[-1])
     for page in pages:
-        _, number = page.place[path]
-        mine = batch.seen[2][id(page)][:, number]
-        batch.kernels.add_second_products(mine, page.b[path], batch.own[id(page)], wide)
+        at = sorted((page.place[path][1], path) for path in columns if path in page.place)
+        batch.kernels.add_second_products(
+            batch.seen[2][id(page)][:, at[0][0] :],
+            [page.b[path] for _, path in at],
+            batch.own[id(page)],
+            wide,
+            [columns[path].start or 0 for _, path in at],
+        )
