@@ -101,3 +101,19 @@ def test_a_build_of_torch_without_it(monkeypatch):
         assert packed_speed() == 0.0
     finally:
         packed_speed.cache_clear()
+
+
+def test_it_can_be_asked_each_time(monkeypatch):
+    torch.manual_seed(0)
+    layer, x, asked = nn.Linear(96, 160), torch.randn(4, 96), []
+    product = packed_linear._product
+    used = []
+    monkeypatch.setattr(packed_linear, "_product", lambda *given: used.append(1) or product(*given))
+    with torch.no_grad():
+        plain = layer(x)
+        with packed_linears(layer, tokens=TOKENS_FROM, when=lambda: bool(asked)):
+            assert torch.equal(layer(x), plain)
+            assert used == []
+            asked.append(1)
+            torch.testing.assert_close(layer(x), plain)
+            assert used == [1]

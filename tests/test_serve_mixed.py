@@ -159,8 +159,8 @@ def test_outside_of_rows_and_after_close_the_base_answers(folders):
         assert torch.equal(model(batch).logits, bare)
         with mixed.rows(["a", None, "a"]):
             assert not torch.equal(model(batch).logits, bare)
-            with mixed.rows([None] * 3):
-                assert torch.equal(model(batch).logits, bare)
+            with mixed.rows([None] * 3):  # its products made another way
+                close(model(batch).logits, bare, 1e-5)
             assert not torch.equal(model(batch).logits, bare)
         assert torch.equal(model(batch).logits, bare)
         mixed.close()
