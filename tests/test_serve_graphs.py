@@ -265,6 +265,34 @@ def test_buffers_that_grew_in_part_are_not_taken_for_grown_ones(folders):
     assert set(sizes) == {128}
 
 
+def test_an_idle_decoder_keeps_what_its_recordings_write_to(folders):
+    """Up to a quarter of the device's memory: a load after a pause finds its graphs."""
+    pair = Pair(folders, "a")
+    cache, made = pair.both[0].cache, []
+    record = pair.graphs.record
+    pair.graphs.record = lambda work: made.append(1) or record(work)
+
+    def load():
+        pair.add("a", None, "a", tokens=40)
+        pair.step(3)
+        for _ in range(3):
+            pair.drop(0)
+
+    load()
+    load()  # prompts of one row are met a second time
+    before = len(made)
+    assert before > 0
+    assert cache.bytes > 0
+    load()
+    assert len(made) == before
+    cache.idle_bytes = cache.bytes - 1
+    load()
+    assert cache.bytes == 0
+    load()
+    assert len(made) > before
+    assert pair.both[1].cache.bytes == 0  # nothing is recorded there
+
+
 def test_graphs_where_there_can_be_none_are_refused(folders):
     from lora_kit.errors import BadInputError
 

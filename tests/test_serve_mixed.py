@@ -205,20 +205,24 @@ def test_another_adapters_overflow_is_not_this_rows(folders, masked):
 
 
 @pytest.mark.parametrize(
-    ("names", "products"),
-    [  # of one layer with few tokens: (batched products, single ones)
-        (["all4", "all4b", "all4c", "all4d"], (1, 0)),
-        (["all4", "all4", "all4c", "all4d"], (1, 1)),  # all4b's slot lies between and is not read
-        (["all4"] * 4, (0, 1)),
-        (["all4"] * 5 + ["all4b", "all4c"], (1, 1)),
+    ("names", "tokens", "products"),
+    [  # of one layer: (batched products, single ones)
+        (["all4", "all4b", "all4c", "all4d"], 1, (1, 0)),
+        (["all4", "all4", "all4c", "all4d"], 1, (1, 1)),  # all4b's slot lies between: not read
+        (["all4"] * 4, 1, (0, 1)),
+        (["all4"] * 5 + ["all4b", "all4c"], 1, (1, 1)),
+        (["all4", "all4b"] * 5, 1, (1, 0)),  # not few, but equally many
+        (["all4", "all4b"] * 5 + ["all4"], 1, (0, 2)),
+        (["all4", "all4b"], 64, (1, 0)),
+        (["all4", "all4b"], 65, (0, 2)),
     ],
 )
-def test_neighbours_share_a_product(folders, names, products):
+def test_neighbours_share_a_product(folders, names, tokens, products):
     mixed = MixedLora(build("float32"), masked=False)
     for name in ("all4", "all4b", "all4c", "all4d"):
         mixed.put(name, mixed.factors(read_adapter(folders[name])))
     batch = mixed._plan(tuple(names))
-    order = _order_of(batch, batch.by_path["model.layers.0.mlp.up_proj"], 1)
+    order = _order_of(batch, batch.by_path["model.layers.0.mlp.up_proj"], tokens)
     many = sum(part.last - part.first > 1 for part in order.parts)
     assert (many, len(order.parts) - many) == products
     rows = {row for part in order.parts for row in range(part.start, part.stop)}

@@ -11,20 +11,20 @@ from __future__ import annotations
 import torch
 
 FIRST_ROWS, FIRST_TOKENS = 4, 64
-IDLE_BYTES = 256 * 2**20
 
 
 class RowCache:
     """Keys and values of `rows` sequences, for every layer (rows, heads, tokens, head_dim).
 
     lengths: how many tokens of each row are there. version: another number whenever a buffer has
-    come or gone. kept_when_idle: whether small buffers stay when the last row goes. A forward pass
-    is opened with `prefill`, `decode` or `decode_at`, which say which rows it writes and where; the
-    caller advances `lengths` when it ended well, so that a pass that failed can be made again.
+    come or gone. idle_bytes: so large may buffers be that stay when the last row goes; by default
+    none does. A forward pass is opened with `prefill`, `decode` or `decode_at`, which say which
+    rows it writes and where; the caller advances `lengths` when it ended well, so that a pass that
+    failed can be made again.
     """
 
     def __init__(self, layers: int):
-        self.kept_when_idle, self.version = False, 0
+        self.idle_bytes, self.version = 0, 0
         self.keys: list[torch.Tensor | None] = [None] * layers
         self.values: list[torch.Tensor | None] = [None] * layers
         self.lengths: list[int] = []
@@ -61,7 +61,7 @@ class RowCache:
             self.lengths[row] = length
             self.lengths.pop()
             # An idle server holds no memory, but what recorded passes write to.
-            if not self.lengths and not (self.kept_when_idle and self.bytes <= IDLE_BYTES):
+            if not self.lengths and self.bytes > self.idle_bytes:
                 self.keys, self.values = [None] * len(self.keys), [None] * len(self.values)
                 self.version += 1
 

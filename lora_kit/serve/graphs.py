@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kit.hardware import detect
 from lora_kit.serve.cache import doubled
 from lora_kit.serve.products import At, batch_of_pages, join, own_slot_kernels
 from lora_kit.serve.slots import Page
@@ -35,6 +36,7 @@ from lora_kit.serve.slots import Page
 FIRST_REACH = 64  # a decoding step looks back 64, 128, 256, ... tokens
 PROMPT_STEP, LONG_PROMPT = 64, 512  # prompts are 64, 128, ..., 512, 1024, 2048, ... tokens wide
 GRAPHS_KEPT = 128
+IDLE_SHARE = 4  # a quarter of the device's memory
 PATIENCE = 4  # times that memory may be short, and meetings of a shape before it is tried again
 
 _recording = threading.Lock()  # the garbage collector is the whole process's
@@ -95,8 +97,8 @@ class StepGraphs:
     """Runs a decoder's passes through recorded graphs.
 
     Args:
-        decoder: a `Decoder`; its cache's buffers, where they are small, stay while it is idle, for
-            the graphs write there.
+        decoder: a `Decoder`; its cache's buffers stay while it is idle, up to a quarter of the
+            device's memory, for the graphs write there: without them all would be recorded anew.
         rows: as many as are expected side by side; more are allowed.
         record: work → what runs it again; a CUDA graph by default.
     """
@@ -112,7 +114,7 @@ class StepGraphs:
         self.met: Counter = Counter()
         self._logits: torch.Tensor | None = None  # of a pass, one place for all graphs
         self._version = -1
-        decoder.cache.kept_when_idle = True
+        decoder.cache.idle_bytes = _memory(decoder.device) // IDLE_SHARE
 
     def step(self, tokens: Sequence[int], keys: Sequence[str | None]) -> torch.Tensor | None:
         """One more token of every row.
@@ -234,6 +236,11 @@ class StepGraphs:
             self._version = version
         for key in [k for k, r in self.recorded.items() if any(p() is None for p in r.pages)]:
             self._forget(key)
+
+
+def _memory(device: torch.device) -> int:
+    found = detect()
+    return found.gpu_memory if device.type == "cuda" else found.memory
 
 
 def _numbers(lines: list, rows: int, places: list[At], pages: list[Page]) -> torch.Tensor:

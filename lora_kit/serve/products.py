@@ -2,9 +2,9 @@
 
 **Gathered** (CPU). Rows are brought in the order of their adapters, and each adapter's rows are
 multiplied with its own factors and nothing else. Adapters that lie side by side and have few tokens
-each go through one batched product, padded to the most rows one of them has; one with many tokens
-gets a product of its own. Every adapter in play is read once, which is all the memory traffic there
-has to be:
+each, or equally many, go through one batched product, padded to the most rows one of them has; one
+with many tokens gets a product of its own. Every adapter in play is read once, which is all the
+memory traffic there has to be:
 
     X[order] (n, m, in) · A (n, r, in)ᵀ · B (n, r, out)  →  back to the rows they came from
 
@@ -36,7 +36,9 @@ import torch
 
 from lora_kit.serve.slots import Page
 
-FEW_TOKENS = 4  # up to so many tokens an adapter shares a batched product with its neighbours
+# Up to so many tokens an adapter shares a batched product with its neighbours; up to so many where
+# all have equally many, and nothing is padded.
+FEW_TOKENS, EQUAL_TOKENS = 4, 64
 At = tuple[Page, int] | None  # a row's page and slot
 
 
@@ -245,7 +247,13 @@ def _multiply(a, b, x, out: torch.Tensor, add: bool = False) -> None:
         else:
             torch.mm(hidden, b, out=to)
         return
-    hidden = x.reshape(len(a), -1, a.shape[2]).bmm(a.transpose(1, 2))
+    x = x.reshape(len(a), -1, a.shape[2])
+    if (
+        x.shape[1] <= 2
+    ):  # the same product the other way round: MKL is faster at it, while so narrow
+        hidden = a.bmm(x.transpose(1, 2)).transpose(1, 2)
+    else:
+        hidden = x.bmm(a.transpose(1, 2))
     to = out.view(len(a), -1, b.shape[2])
     if add_in_place:
         to.baddbmm_(hidden, b)
@@ -256,21 +264,21 @@ def _multiply(a, b, x, out: torch.Tensor, add: bool = False) -> None:
 
 
 def _order_of(batch: Batch, pages: list[Page], tokens: int) -> _Order:
-    few = FEW_TOKENS // tokens  # rows of an adapter that make it one of few tokens
-    key = (few, *map(id, pages))
+    few = FEW_TOKENS // tokens, EQUAL_TOKENS // tokens  # in rows
+    key = (*few, *map(id, pages))
     if key not in batch.orders:
-        batch.orders[key] = _line_up(batch, pages, few)
+        batch.orders[key] = _line_up(batch, pages, *few)
     return batch.orders[key]
 
 
-def _line_up(batch: Batch, pages: list[Page], few: int) -> _Order:
+def _line_up(batch: Batch, pages: list[Page], few: int, equal: int) -> _Order:
     parts, gather, back = [], [], [-1] * len(batch.at)
     for page in pages:
         rows: dict[int, list[int]] = {}
         for row, at in enumerate(batch.at):
             if at is not None and at[0] is page:
                 rows.setdefault(at[1], []).append(row)
-        for run in _runs(rows, few):
+        for run in _runs({slot: len(some) for slot, some in rows.items()}, few, equal):
             width, start = max(len(rows[s]) for s in run), len(gather)
             for slot in run:
                 for row in rows[slot]:
@@ -286,13 +294,16 @@ def _line_up(batch: Batch, pages: list[Page], few: int) -> _Order:
     return _Order(parts, line, back, places, bare)
 
 
-def _runs(rows: dict[int, list[int]], few: int) -> list[list[int]]:
-    """Neighbouring slots of few rows each, together; every other one by itself."""
+def _runs(rows: dict[int, int], few: int, equal: int) -> list[list[int]]:
+    """Slots for one product each: neighbours of at most `few` rows, or of equally many and at most
+    `equal`; every other one by itself. rows: {slot: how many}."""
     runs: list[list[int]] = []
     for slot in sorted(rows):
-        small = len(rows[slot]) <= few
-        if small and runs and runs[-1][-1] == slot - 1 and len(rows[runs[-1][-1]]) <= few:
-            runs[-1].append(slot)
+        before = runs[-1] if runs else [-2]
+        counts = {rows[slot], *(rows[s] for s in before if s in rows)}
+        alike = max(counts) <= few or (len(counts) == 1 and max(counts) <= equal)
+        if before[-1] == slot - 1 and alike:
+            before.append(slot)
         else:
             runs.append([slot])
     return runs
