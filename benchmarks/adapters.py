@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters on all layers")
     parser.add_argument("--scale", type=float, help="of the paper's tokens: 0.25 on a CPU, else 1")
     parser.add_argument("--requests", type=int, help="of a cell; by default its users, 16 at least")
+    parser.add_argument("--loads", type=int, default=5, help="times a cell of Tables 8, 9 is run")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds; no part begins later")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--records", type=Path, default=Path("data/results") / STUDY)
@@ -99,7 +100,7 @@ def keep(args, part: str, path: Path, folder: Path) -> None:
 
     asked = {"device": args.device, "layers": args.layers, "clock": args.clock, "rank": args.rank}
     asked |= {"rounds": args.rounds, "threads": torch.get_num_threads(), "part": part}
-    asked |= {"scale": args.scale, "rows": ROWS}
+    asked |= {"scale": args.scale, "rows": ROWS, "loads": args.loads}
     record = new_record(
         STUDY,
         shlex.join(

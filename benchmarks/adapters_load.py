@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from adapters_timing import base, write_adapters
+from adapters_timing import base, ratio, write_adapters
 
 USERS = (1, 5, 10, 20, 50)
 MANY = 25  # adapters of LoRA Land's one server
@@ -69,8 +69,13 @@ def warm_up(args, engine, traffic) -> None:
         drive(engine, traffic)
 
 
+def total(load) -> float:
+    return load.average("Total request time")
+
+
 def lorax(args, folder: Path):
-    """Base alone and 25 adapters answer the same requests (but for the adapters), in turns."""
+    """Base alone and 25 adapters answer the same requests (but for the adapters), in turns. A row
+    of a table is the load with the median total; ratios are medians of the turns' ratios."""
     from lora_kit.serve.traffic import drive
 
     engine = open_engine(args, folder)
@@ -86,24 +91,24 @@ def lorax(args, folder: Path):
         warm_up(args, engine, asked(args, users, adapters, short))
         load = drive(engine, asked(args, users, adapters, short))
         tables["table 7"].append({"what": label, "users": users, **load.row()})
-    for turn, users in enumerate(USERS):
-        found = {}
+    for users in USERS:
         ways = {"table 8": [None], "table 9": names}
-        for table in list(ways) if turn % 2 else list(ways)[::-1]:
-            warm_up(args, engine, asked(args, users, ways[table]))
-            found[table] = drive(engine, asked(args, users, ways[table]))
-        for table, load in found.items():
+        found: dict[str, list] = {table: [] for table in ways}
+        for adapters in ways.values():
+            warm_up(args, engine, asked(args, users, adapters))
+        for turn in range(args.loads):
+            for table in list(ways) if turn % 2 else list(ways)[::-1]:
+                found[table].append(drive(engine, asked(args, users, ways[table])))
+        for table, loads in found.items():
+            load = sorted(loads, key=total)[len(loads) // 2]
             cpu = 1000 * load.cpu_seconds / sum(a.tokens_in + a.tokens_out for a in load.answered)
             row = {"users": users, "requests": len(load.answered), **load.row()}
             tables[table].append(row | {"CPU ms a token": round(cpu, 3)})
-        total = [found[t].average("Total request time") for t in ("table 9", "table 8")]
-        metrics[f"total_over_base_{users}"] = total[0] / total[1]
-        spent = [found[t].cpu_seconds for t in ("table 9", "table 8")]
-        metrics[f"cpu_over_base_{users}"] = spent[0] / spent[1]
-        print(
-            f"{users} users: total {total[0] / total[1]:.3f}, CPU {spent[0] / spent[1]:.3f}",
-            flush=True,
-        )
+        over, said = ratio(*(list(map(total, found[t])) for t in ("table 9", "table 8")))
+        spent = ratio(*([load.cpu_seconds for load in found[t]] for t in ("table 9", "table 8")))[0]
+        tables["table 9"][-1]["total over table 8"] = said
+        metrics |= {f"total_over_base_{users}": over, f"cpu_over_base_{users}": spent}
+        print(f"{users} users: total {said}, CPU {spent:.3f}", flush=True)
     engine.stop()
     metrics["adapters_over_base"] = metrics[f"total_over_base_{USERS[-1]}"]
     return metrics, tables

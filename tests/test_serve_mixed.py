@@ -1,5 +1,7 @@
 """Mixed batches: every row as if its adapter had the batch to itself."""
 
+import itertools
+import random
 import threading
 import weakref
 
@@ -13,7 +15,13 @@ from lora_kit.lora import LoraSpec, add_lora, load_lora, read_adapter
 from lora_kit.lora_base import keep_from_repacking
 from lora_kit.lora_targets import linear_layers
 from lora_kit.serve.mixed import PLANS_KEPT, MixedLora
-from lora_kit.serve.products import _order_of
+from lora_kit.serve.products import (
+    PRODUCT_TOKENS,
+    SHARED_TOKENS,
+    SLOT_TOKENS,
+    _order_of,
+    _runs,
+)
 
 ADAPTERS = {  # rank, placement, options: all that one batch may hold at once
     "all4": (4, "all", {}),
@@ -208,11 +216,11 @@ def test_another_adapters_overflow_is_not_this_rows(folders, masked):
     ("names", "tokens", "products"),
     [  # of one layer: (batched products, single ones)
         (["all4", "all4b", "all4c", "all4d"], 1, (1, 0)),
-        (["all4", "all4", "all4c", "all4d"], 1, (1, 1)),  # all4b's slot lies between: not read
+        (["all4", "all4", "all4c", "all4d"], 1, (1, 0)),  # all4b's slot between is read in vain
         (["all4"] * 4, 1, (0, 1)),
-        (["all4"] * 5 + ["all4b", "all4c"], 1, (1, 1)),
-        (["all4", "all4b"] * 5, 1, (1, 0)),  # not few, but equally many
-        (["all4", "all4b"] * 5 + ["all4"], 1, (0, 2)),
+        (["all4"] * 5 + ["all4b", "all4c"], 1, (1, 0)),
+        (["all4"] * 20 + ["all4b", "all4c"], 1, (1, 1)),
+        (["all4"] * 20 + ["all4b"] * 20, 1, (1, 0)),
         (["all4", "all4b"], 64, (1, 0)),
         (["all4", "all4b"], 65, (0, 2)),
     ],
@@ -227,6 +235,35 @@ def test_neighbours_share_a_product(folders, names, tokens, products):
     assert (many, len(order.parts) - many) == products
     rows = {row for part in order.parts for row in range(part.start, part.stop)}
     assert sorted(rows) == list(range(order.places))  # every place is made by one product
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 100])
+def test_the_products_of_a_plan_cost_least(tokens):
+    """Against every way to cut the slots in play into runs."""
+    draw = random.Random(tokens)
+
+    def cost(first, last, width):
+        return PRODUCT_TOKENS + (last - first) * (width * tokens + SLOT_TOKENS)
+
+    for _ in range(40):
+        slots = sorted(draw.sample(range(20), draw.randint(1, 7)))
+        rows = {slot: draw.choice((1, 1, 2, 3, 9, 30)) for slot in slots}
+        ways = []
+        for cuts in itertools.product((False, True), repeat=len(slots) - 1):
+            runs = [[slots[0]]]
+            for slot, cut in zip(slots[1:], cuts, strict=True):
+                runs.append([slot]) if cut else runs[-1].append(slot)
+            found = [(r[0], r[-1] + 1, max(rows[s] for s in r)) for r in runs]
+            shared = [w for (_, _, w), run in zip(found, runs, strict=True) if len(run) > 1]
+            if all(w * tokens <= SHARED_TOKENS for w in shared):
+                ways.append(sum(cost(*run) for run in found))
+        found = _runs(rows, tokens)
+        assert sum(cost(*run) for run in found) == min(ways)
+        held = [slot for first, last, _ in found for slot in range(first, last) if slot in rows]
+        assert held == slots
+        assert all(
+            rows[s] <= w for first, last, w in found for s in range(first, last) if s in rows
+        )
 
 
 def test_masked_layers_that_share_an_input_share_the_first_product(ways, monkeypatch):

@@ -33,9 +33,9 @@ from lora_kit.serve.together import Together, lay_together
 
 __all__ = ["Factors", "MixedLora"]
 
-# Fewer pages are fewer products. On a GPU all slots of a page take part in one; on a CPU only the
-# slots in play are read, and those that nobody has filled take no memory.
-PAGE_SLOTS = {"cpu": 16, "cuda": 32}
+# Fewer pages are fewer products. On a GPU all slots of a page take part in one; on a CPU those in
+# play and the few between are read, and those that nobody has filled take no memory.
+PAGE_SLOTS = 32
 PLANS_KEPT = 8
 
 
@@ -73,8 +73,7 @@ class MixedLora:
         place = model.get_input_embeddings().weight
         self.device, self.dtype = place.device, place.dtype
         self.masked = self.device.type != "cpu" if masked is None else masked
-        page_slots = PAGE_SLOTS.get(self.device.type, PAGE_SLOTS["cpu"])
-        self.slots = Slots(page_slots, zeroed=self.masked)
+        self.slots = Slots(PAGE_SLOTS, zeroed=self.masked)
         self._plans: dict[tuple[str | None, ...], Batch] = {}
         self._now = threading.local()
         self._lock = threading.Lock()

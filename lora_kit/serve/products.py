@@ -1,10 +1,10 @@
 """The detours of a mixed batch, in few products. Two ways, by where launching costs more than work.
 
 **Gathered** (CPU). Rows are brought in the order of their adapters, and each adapter's rows are
-multiplied with its own factors and nothing else. Adapters that lie side by side and have few tokens
-each, or equally many, go through one batched product, padded to the most rows one of them has; one
-with many tokens gets a product of its own. Every adapter in play is read once, which is all the
-memory traffic there has to be:
+multiplied with its own factors. Adapters that lie near each other and have about as many tokens go
+through one batched product, padded to the most rows one of them has; one with many tokens gets a
+product of its own. Every adapter in play is read once, which is all the memory traffic there has to
+be:
 
     X[order] (n, m, in) · A (n, r, in)ᵀ · B (n, r, out)  →  back to the rows they came from
 
@@ -36,9 +36,10 @@ import torch
 
 from lora_kit.serve.slots import Page
 
-# Up to so many tokens an adapter shares a batched product with its neighbours; up to so many where
-# all have equally many, and nothing is padded.
-FEW_TOKENS, EQUAL_TOKENS = 4, 64
+# What a product costs on a CPU, counted in tokens multiplied: its call, and each slot it reads.
+# Adapters of more than so many tokens gain nothing by sharing one. Timed with ranks 8 and 16.
+PRODUCT_TOKENS, SLOT_TOKENS, SHARED_TOKENS = 12, 2, 64
+NARROW = 3072  # numbers of a slot's input up to which MKL is faster at A Xᵀ than at X Aᵀ
 At = tuple[Page, int] | None  # a row's page and slot
 
 
@@ -264,29 +265,29 @@ def _multiply(a, b, x, out: torch.Tensor, add: bool = False) -> None:
 
 
 def _order_of(batch: Batch, pages: list[Page], tokens: int) -> _Order:
-    few = FEW_TOKENS // tokens, EQUAL_TOKENS // tokens  # in rows
-    key = (*few, *map(id, pages))
+    key = (tokens, *map(id, pages))
     if key not in batch.orders:
-        batch.orders[key] = _line_up(batch, pages, *few)
+        batch.orders[key] = _line_up(batch, pages, tokens)
     return batch.orders[key]
 
 
-def _line_up(batch: Batch, pages: list[Page], few: int, equal: int) -> _Order:
+def _line_up(batch: Batch, pages: list[Page], tokens: int) -> _Order:
     parts, gather, back = [], [], [-1] * len(batch.at)
     for page in pages:
         rows: dict[int, list[int]] = {}
         for row, at in enumerate(batch.at):
             if at is not None and at[0] is page:
                 rows.setdefault(at[1], []).append(row)
-        for run in _runs({slot: len(some) for slot, some in rows.items()}, few, equal):
-            width, start = max(len(rows[s]) for s in run), len(gather)
-            for slot in run:
-                for row in rows[slot]:
+        for first, last, width in _runs({s: len(r) for s, r in rows.items()}, tokens):
+            start = len(gather)
+            for slot in range(first, last):
+                mine = rows.get(slot, [])
+                for row in mine:
                     back[row] = len(gather)
                     gather.append(row)
                 # What fills a place up is multiplied in vain and read by nobody.
-                gather += [rows[slot][0]] * (width - len(rows[slot]))
-            parts.append(_Part(page, run[0], run[-1] + 1, width, start, len(gather)))
+                gather += [rows[first][0]] * (width - len(mine))
+            parts.append(_Part(page, first, last, width, start, len(gather)))
     places = len(gather)
     as_they_are, bare = gather == list(range(len(batch.at))), min(back) < 0
     back = torch.tensor([places if b < 0 else b for b in back], device=batch.device)
@@ -294,19 +295,27 @@ def _line_up(batch: Batch, pages: list[Page], few: int, equal: int) -> _Order:
     return _Order(parts, line, back, places, bare)
 
 
-def _runs(rows: dict[int, int], few: int, equal: int) -> list[list[int]]:
-    """Slots for one product each: neighbours of at most `few` rows, or of equally many and at most
-    `equal`; every other one by itself. rows: {slot: how many}."""
-    runs: list[list[int]] = []
-    for slot in sorted(rows):
-        before = runs[-1] if runs else [-2]
-        counts = {rows[slot], *(rows[s] for s in before if s in rows)}
-        alike = max(counts) <= few or (len(counts) == 1 and max(counts) <= equal)
-        if before[-1] == slot - 1 and alike:
-            before.append(slot)
-        else:
-            runs.append([slot])
-    return runs
+def _runs(rows: dict[int, int], tokens: int) -> list[tuple[int, int, int]]:
+    """(first, last, width): the slots first..last-1 that share a product, each with `width` places,
+    so that all products together cost least.
+
+    rows: {slot: how many}; tokens: of each row. Over slots without rows a product may go as well.
+    """
+    slots = sorted(rows)
+    # best[j]: cost and runs of the first j slots
+    best: list[tuple[int, list[tuple[int, int, int]]]] = [(0, [])]
+    for j in range(1, len(slots) + 1):
+        last, width, found = slots[j - 1] + 1, 0, []
+        for i in reversed(range(j)):
+            width = max(width, rows[slots[i]])
+            if i < j - 1 and width * tokens > SHARED_TOKENS:
+                break
+            count = last - slots[i]
+            cost = PRODUCT_TOKENS + count * (width * tokens + SLOT_TOKENS)
+            found.append((best[i][0] + cost, i, width))
+        cost, i, width = min(found)
+        best.append((cost, [*best[i][1], (slots[i], last, width)]))
+    return best[-1][1]
 
 
 # ---------------------------------------------------------------------- masked
