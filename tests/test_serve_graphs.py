@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kit.lora import read_adapter
 from lora_kit.serve.decoder import Decoder
-from lora_kit.serve.graphs import StepGraphs, padded
+from lora_kit.serve.graphs import StepGraphs, padded, side_by_side
 from lora_kit.serve.mixed import MixedLora
 
 KINDS = {"a": (4, "all"), "b": (4, "all"), "c": (2, "q_proj"), "d": (4, "all")}
@@ -157,6 +157,25 @@ def test_prompts_together_are_as_alone(folders):
         pair.keys += keys
     assert pair.shapes("prefill") == [(2, 64)]
     pair.step(3)
+
+
+def test_numbers_of_prompts_share_a_graph(folders):
+    """What fills them up is the last prompt again: nobody is disturbed, no row is taken."""
+    pair = Pair(folders, "ab")
+    pair.add(None, "b", tokens=9)
+    for count in (5, 6, 5):
+        prompts = [list(range(1 + i, 4 + i + i % 2)) for i in range(count)]
+        keys = [("a", "b", None)[i % 3] for i in range(count)]
+        logits = [decoder.prefill(prompts, keys) for decoder in pair.both]
+        torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+        pair.keys += keys
+        assert all(len(decoder.cache) == len(pair.keys) for decoder in pair.both)
+        pair.step(2)
+        while len(pair.keys) > 2:
+            pair.drop(2)
+    assert pair.shapes("prefill") == [(6, 64)]
+    assert {side_by_side(n) for n in range(1, 33)} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
+    assert all(n <= side_by_side(n) < 1.5 * n for n in range(1, 100))
 
 
 def test_more_rows_than_expected_are_made_room_for(folders):

@@ -12,7 +12,8 @@ differs from pass to pass is a number in one small tensor. Of a decoding step:
 
 Which adapter a row uses is therefore data as well: one graph serves every mix of the adapters of a
 page. A row that only fills the shape up reads token 0 at place 0 of a row of the cache that nobody
-has, without an adapter. A shape is recorded the second time it is met.
+has, without an adapter; prompts read together are filled up to one of a few numbers by the last of
+them. A shape is recorded the second time it is met.
 (PyTorch documentation, "CUDA semantics", section "CUDA Graphs".)
 """
 
@@ -49,6 +50,12 @@ def padded(tokens: int) -> int:
     if tokens > LONG_PROMPT:
         return doubled(LONG_PROMPT, tokens)
     return -(-tokens // PROMPT_STEP) * PROMPT_STEP
+
+
+def side_by_side(prompts: int) -> int:
+    """As so many rows that many prompts are read: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    rows = doubled(1, prompts)
+    return rows * 3 // 4 if rows > 2 and prompts <= rows * 3 // 4 else rows
 
 
 @dataclass
@@ -150,8 +157,12 @@ class StepGraphs:
         Returns:
             As `step`, of each prompt's last token.
         """
-        (rows, tokens), places = ids.shape, self.decoder.mixed.places(keys)
-        last, at = [n - 1 for n in lengths], range(first, first + rows)
+        count, tokens = ids.shape
+        rows = side_by_side(count)
+        # What fills the shape up is the last prompt again: it writes what that one writes, there.
+        chosen = [min(row, count - 1) for row in range(rows)]
+        ids, places = ids[chosen], self.decoder.mixed.places([keys[row] for row in chosen])
+        last, at = [lengths[row] - 1 for row in chosen], [first + row for row in chosen]
         told = [*ids.t().tolist(), last, at], rows
 
         def work(numbers: torch.Tensor, pages: list[Page]) -> torch.Tensor:
@@ -161,7 +172,9 @@ class StepGraphs:
             with decoder.mixed.using(batch):
                 return decoder.read(numbers[:tokens].t().contiguous(), numbers[tokens])
 
-        return self._run(("prefill", rows, tokens), work, told, places, (first + rows, tokens))
+        room = first + count, tokens
+        logits = self._run(("prefill", rows, tokens), work, told, places, room)
+        return None if logits is None else logits[:count]
 
     def _run(self, shape: tuple, work, told: tuple, places: list[At], room: tuple[int, int]):
         """Replay the graph of a shape, or record it first; see `step` for what comes back.
