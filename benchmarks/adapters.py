@@ -103,9 +103,7 @@ def keep(args, part: str, path: Path, folder: Path) -> None:
     asked |= {"scale": args.scale, "rows": ROWS, "loads": args.loads}
     record = new_record(
         STUDY,
-        shlex.join(
-            ["python", "benchmarks/adapters.py", *without_part(sys.argv[1:]), "--part", part]
-        ),
+        shlex.join(["python", "benchmarks/adapters.py", *asked_for(sys.argv[1:]), "--part", part]),
         parameters=asked,
         metrics=metrics,
         tables=tables,
@@ -118,9 +116,15 @@ def keep(args, part: str, path: Path, folder: Path) -> None:
     print("\n" + "\n".join(f"{k} = {v:.4g}" for k, v in metrics.items()), flush=True)
 
 
-def without_part(words: list[str]) -> list[str]:
-    kept = [w for i, w in enumerate(words) if w != "--part" and words[i - 1 : i] != ["--part"]]
-    return [w for w in kept if w != "--again"]
+def asked_for(words: list[str]) -> list[str]:
+    """What was asked, but for the part, the place of the records and whether there were some."""
+    apart = ("--part", "--records")
+    before = ["", *words]
+    return [
+        word
+        for word, last in zip(words, before, strict=False)
+        if word not in (*apart, "--again") and last not in apart
+    ]
 
 
 def as_table(rows: list[dict]) -> str:

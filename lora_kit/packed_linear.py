@@ -41,13 +41,16 @@ def packed_linears(
 
     Nothing changes where that does not pay: on a GPU, in other dtypes, for fewer than a thousand
     tokens, where the copy would take more than a third of the free memory, or where this machine
-    was measured to be no faster for it. Weights changed within the block are not seen.
+    was measured to be no faster for it. Weights changed within the block are not seen, unless there
+    is a `when`.
 
     Args:
         models: modules; a layer that is in several is packed once.
         tokens: the work ahead.
         weight_of: the weight and bias that a module stands for, or None to look inside it.
-        when: asked at each call whether to; by default always. Else a layer runs as it did.
+        when: asked at each call whether to. Where it says no, and while a layer's weight is not the
+            one that was packed (replaced, or changed in place but through `.data`), the layer runs
+            as it did. By default nobody is asked and nothing is looked at.
 
     Yields:
         the number of layers packed.
@@ -67,7 +70,10 @@ def packed_linears(
             if kept is None:
                 kept = packed[weight.data_ptr()] = _pack(weight.detach())
             product = partial(_product, kept, bias)
-            module.forward = product if when is None else partial(_either, when, product, module)
+            module.forward = product
+            if when is not None:
+                was = weight.detach()  # held, so that nothing else comes to lie at its address
+                module.forward = partial(_either, when, product, was, _state(was), module)
         yield len(layers)
     finally:
         for module, _ in layers:
@@ -100,8 +106,14 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _either(when: Callable[[], bool], product, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return product(x) if when() else type(module).forward(module, x)
+def _either(when, product, _was, state: tuple, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if when() and _state(module.weight) == state:
+        return product(x)
+    return type(module).forward(module, x)
+
+
+def _state(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -117,3 +117,18 @@ def test_it_can_be_asked_each_time(monkeypatch):
             asked.append(1)
             torch.testing.assert_close(layer(x), plain)
             assert used == [1]
+
+
+def test_a_weight_that_is_no_longer_the_packed_one_is_not_used():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(96, 160), torch.randn(4, 96)
+    with torch.no_grad(), packed_linears(layer, tokens=TOKENS_FROM, when=lambda: True):
+        kept, before = layer.weight.data, layer(x)
+        layer.weight.data = kept + 1
+        torch.testing.assert_close(layer(x), x @ (kept + 1).T + layer.bias)
+        layer.weight.data = kept  # the packed one again
+        assert torch.equal(layer(x), before)
+        layer.weight.add_(1)
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+        layer.weight = nn.Parameter(torch.randn_like(kept))
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
