@@ -16,6 +16,9 @@ from lora_kit.serve.attention import use_row_attention
 from lora_kit.serve.cache import RowCache
 from lora_kit.serve.graphs import StepGraphs, padded
 from lora_kit.serve.mixed import MixedLora
+from lora_kit.serve.runs import cheapest_runs
+
+PASS_TOKENS = 20  # what a pass costs on a CPU beside its tokens, in tokens
 
 
 class Decoder:
@@ -70,27 +73,56 @@ class Decoder:
             leaves no row.
         """
         lengths = [len(p) for p in prompts]
+        before = list(self.cache.lengths)
+        rows = self.cache.add(len(prompts))
+        try:
+            found = [
+                (some, self._prefill([prompts[i] for i in some], rows.start, some, keys))
+                for some in self._passes(lengths)
+            ]
+            logits = found[0][1]
+            if len(found) > 1:
+                logits = torch.empty((len(prompts), logits.shape[1]), device=self.device)
+                for some, part in found:
+                    logits[some] = part
+        except BaseException:
+            self.cache.lengths = before
+            raise
+        self.cache.lengths[rows] = lengths
+        return logits
+
+    def _passes(self, lengths: list[int]) -> list[list[int]]:
+        """The prompts that are read together. On a CPU those of about one length, for there a token
+        read in vain takes as long as one that counts."""
+        if self.device.type != "cpu" or self.graphs is not None:
+            return [list(range(len(lengths)))]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+
+        def cost(first: int, last: int) -> int:
+            return PASS_TOKENS + (last - first) * lengths[order[last - 1]]
+
+        return [sorted(order[i:j]) for i, j in cheapest_runs(len(order), cost)]
+
+    def _prefill(self, prompts, start: int, some: list[int], keys) -> torch.Tensor:
+        """Prompts number `some` of those that begin at row `start`; keys are those of all."""
+        lengths, keys = [len(p) for p in prompts], [keys[i] for i in some]
         width = max(lengths)
         if self.graphs is not None and not self.graphs.broken:
             width = min(padded(width), max(width, self.longest))
         ids = torch.zeros((len(prompts), width), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        before = list(self.cache.lengths)
-        rows = self.cache.add(len(prompts))
-        try:
-            logits = None
-            if self.graphs is not None:
-                logits = self.graphs.prefill(ids, lengths, rows.start, keys)
-            if logits is None:
-                self.cache.prefill(rows, width)
-                with self.mixed.rows(keys):
-                    last = torch.tensor(lengths, device=self.device) - 1
-                    logits = self.read(ids.to(self.device), last)
-        except BaseException:
-            self.cache.lengths = before
-            raise
-        self.cache.lengths[rows] = lengths
+        logits = None
+        if self.graphs is not None:
+            logits = self.graphs.prefill(ids, lengths, start, keys)
+        if logits is None:
+            rows = slice(start, start + len(some))
+            if some != list(range(len(some))):
+                rows = torch.tensor([start + i for i in some], device=self.device)
+            self.cache.prefill(rows, width)
+            with self.mixed.rows(keys):
+                last = torch.tensor(lengths, device=self.device) - 1
+                logits = self.read(ids.to(self.device), last)
         return logits
 
     def read(self, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

@@ -28,12 +28,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import ModuleType
 
 import torch
 
+from lora_kit.serve.runs import cheapest_runs
 from lora_kit.serve.slots import Page
 
 # What a product costs on a CPU, counted in tokens multiplied: its call, and each slot it reads.
@@ -302,20 +305,21 @@ def _runs(rows: dict[int, int], tokens: int) -> list[tuple[int, int, int]]:
     rows: {slot: how many}; tokens: of each row. Over slots without rows a product may go as well.
     """
     slots = sorted(rows)
-    # best[j]: cost and runs of the first j slots
-    best: list[tuple[int, list[tuple[int, int, int]]]] = [(0, [])]
-    for j in range(1, len(slots) + 1):
-        last, width, found = slots[j - 1] + 1, 0, []
-        for i in reversed(range(j)):
-            width = max(width, rows[slots[i]])
-            if i < j - 1 and width * tokens > SHARED_TOKENS:
-                break
-            count = last - slots[i]
-            cost = PRODUCT_TOKENS + count * (width * tokens + SLOT_TOKENS)
-            found.append((best[i][0] + cost, i, width))
-        cost, i, width = min(found)
-        best.append((cost, [*best[i][1], (slots[i], last, width)]))
-    return best[-1][1]
+
+    counts = [rows[slot] for slot in slots]
+    # widest[last][n]: the most rows that one of the n + 1 slots before `last` has
+    widest = [list(accumulate(reversed(counts[:last]), max)) for last in range(len(slots) + 1)]
+
+    def cost(first: int, last: int) -> float:
+        width = widest[last][last - first - 1] * tokens
+        if last - first > 1 and width > SHARED_TOKENS:
+            return math.inf
+        return PRODUCT_TOKENS + (slots[last - 1] + 1 - slots[first]) * (width + SLOT_TOKENS)
+
+    return [
+        (slots[first], slots[last - 1] + 1, max(counts[first:last]))
+        for first, last in cheapest_runs(len(slots), cost)
+    ]
 
 
 # ---------------------------------------------------------------------- masked
