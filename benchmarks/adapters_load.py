@@ -3,7 +3,7 @@
 The same quantities (total request time, time to first token, token streaming time; average and
 p90), the same users and adapters; random prompts of 30 to 500 tokens and answers of 1 to 120, times
 `--scale`. Not the same: the model, the hardware, the number of requests instead of two minutes, and
-no network between users and server. On a GPU each load runs twice untimed first, for its graphs.
+no network between users and server. Each load runs untimed first.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def asked(args, users: int, adapters, lengths=None):
 
 
 def warm_up(args, engine, traffic) -> None:
-    """On a GPU, the traffic twice before it is timed: a server of some minutes has recorded its
-    graphs."""
+    """The traffic before it is timed, as a server of some minutes has seen its like: on a CPU once,
+    for the memory it takes; on a GPU twice, for its graphs."""
     from lora_kit.serve.traffic import drive
 
-    for _ in range(2 if args.device == "cuda" else 0):
+    for _ in range(2 if args.device == "cuda" else 1):
         drive(engine, traffic)
 
 
