@@ -14,14 +14,14 @@ from lora_kit.errors import BadInputError, UnknownNameError
 from lora_kit.lora import LoraSpec, add_lora, load_lora, read_adapter
 from lora_kit.lora_base import keep_from_repacking
 from lora_kit.lora_targets import linear_layers
-from lora_kit.serve.mixed import PLANS_KEPT, MixedLora
-from lora_kit.serve.products import (
+from lora_kit.serve.gathered import (
     PRODUCT_TOKENS,
     SHARED_TOKENS,
     SLOT_TOKENS,
     _order_of,
     _runs,
 )
+from lora_kit.serve.mixed import PLANS_KEPT, MixedLora
 
 ADAPTERS = {  # rank, placement, options: all that one batch may hold at once
     "all4": (4, "all", {}),
@@ -215,9 +215,13 @@ def test_another_adapters_overflow_is_not_this_rows(folders, masked):
 @pytest.mark.parametrize(
     ("names", "tokens", "products"),
     [  # of one layer: (batched products, single ones)
-        (["all4", "all4b", "all4c", "all4d"], 1, (1, 0)),
-        (["all4", "all4", "all4c", "all4d"], 1, (1, 0)),  # all4b's slot between is read in vain
+        (["all4", "all4b", "all4c", "all4d"], 1, (0, 4)),  # so few rows are not gathered
+        (["all4", "all4", None], 1, (0, 2)),
+        (["all4", "all4b", "all4c", "all4d"], 2, (1, 0)),
+        (["all4", "all4b", "all4c", "all4d"] * 2, 1, (1, 0)),
+        (["all4", "all4", "all4c", "all4d"], 2, (1, 0)),  # all4b's slot between is read in vain
         (["all4"] * 4, 1, (0, 1)),
+        (["all4"] * 5, 1, (0, 1)),
         (["all4"] * 5 + ["all4b", "all4c"], 1, (1, 0)),
         (["all4"] * 20 + ["all4b", "all4c"], 1, (1, 1)),
         (["all4"] * 20 + ["all4b"] * 20, 1, (1, 0)),
