@@ -94,7 +94,7 @@ class Untouched:
     """In the place of MixedLora on a base that is left to transformers: no hooks, no other
     products."""
 
-    masked = True
+    masked, version = True, 0
 
     def rows(self, names):
         return contextlib.nullcontext()
@@ -193,8 +193,8 @@ def products(args, folder: Path):
 
     found = write_adapters(args, folder, max(DISTINCT), args.rank)
     sides = {
-        "gathered": MixedLora(base(args), masked=False),
-        "masked": MixedLora(base(args), masked=True),
+        "gathered": MixedLora(base(args), masked=False, joined=False),
+        "masked": MixedLora(base(args), masked=True, joined=False),
     }
     for side in sides.values():
         for name, path in found.items():

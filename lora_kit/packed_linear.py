@@ -48,9 +48,10 @@ def packed_linears(
         models: modules; a layer that is in several is packed once.
         tokens: the work ahead.
         weight_of: the weight and bias that a module stands for, or None to look inside it.
-        when: asked at each call whether to. Where it says no, and while a layer's weight is not the
-            one that was packed (replaced, or changed in place but through `.data`), the layer runs
-            as it did. By default nobody is asked and nothing is looked at.
+        when: asked at each call whether to. Where it says no the layer runs as it did, and so it
+            does while its weight or bias is another than was packed, or was changed in place. A
+            change in place through `.data`, or by an optimiser's fused step, is not noticed. By
+            default nobody is asked and nothing is looked at.
 
     Yields:
         the number of layers packed.
@@ -72,8 +73,10 @@ def packed_linears(
             product = partial(_product, kept, bias)
             module.forward = product
             if when is not None:
-                was = weight.detach()  # held, so that nothing else comes to lie at its address
-                module.forward = partial(_either, when, product, was, _state(was), module)
+                # Held, so that nothing else comes to lie at their addresses.
+                was = weight.detach(), None if bias is None else bias.detach()
+                state = [_state(tensor) for tensor in was]
+                module.forward = partial(_either, when, product, was, state, module)
         yield len(layers)
     finally:
         for module, _ in layers:
@@ -106,14 +109,16 @@ def _product(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _either(when, product, _was, state: tuple, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if when() and _state(module.weight) == state:
+def _either(when, product, _was: tuple, state: list, module: nn.Module, x: torch.Tensor):
+    if when() and [_state(module.weight), _state(module.bias)] == state:
         return product(x)
     return type(module).forward(module, x)
 
 
-def _state(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _seconds(work: Callable[[], object]) -> float:

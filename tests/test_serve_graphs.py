@@ -58,7 +58,7 @@ def folders(tmp_path_factory):
 
 def decoder_over(folders, names, graphs):
     model = llama()
-    mixed = MixedLora(model, masked=True)
+    mixed = MixedLora(model, masked=True, joined=True)
     for name in names:
         mixed.put(name, mixed.factors(read_adapter(folders[name])))
     decoder = Decoder(model, mixed, graphs=False)
@@ -246,6 +246,7 @@ def test_what_cannot_be_recorded_goes_on_without(folders):
         same(5)
     same(6)
     assert decoder.graphs.broken
+    assert decoder.cache.idle_bytes == 0  # an idle engine holds no memory again
 
 
 def test_where_memory_is_short_for_a_while_recording_is_tried_again(folders):
@@ -312,11 +313,24 @@ def test_an_idle_decoder_keeps_what_its_recordings_write_to(folders):
     assert pair.both[1].cache.bytes == 0  # nothing is recorded there
 
 
+def test_closed_adapters_leave_no_recording(folders):
+    """Their layers' weights lie elsewhere now."""
+    pair = Pair(folders, "a")
+    pair.add(None, None)
+    pair.step(3)
+    assert pair.graphs.recorded
+    for decoder in pair.both:
+        decoder.mixed.close()
+        with torch.no_grad():
+            decoder.model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    pair.step(3)
+
+
 def test_graphs_where_there_can_be_none_are_refused(folders):
     from lora_kit.errors import BadInputError
 
     with pytest.raises(BadInputError, match="cannot be recorded"):
-        Decoder(llama(), MixedLora(llama(), masked=True), graphs=True)
+        Decoder(llama(), MixedLora(llama(), masked=True, joined=True), graphs=True)
 
 
 def test_an_engine_that_records_says_the_same(tokenizer):

@@ -11,7 +11,7 @@ from lora_kit.linear4bit import NF4Linear
 from lora_kit.lora import read_adapter
 from lora_kit.lora_targets import linear_layers
 from lora_kit.serve.mixed import MixedLora
-from lora_kit.serve.together import Together, lay_together
+from lora_kit.serve.together import Left, Together, lay_together
 
 
 def biased(seed=0):
@@ -47,7 +47,7 @@ def test_one_product_for_each_input(build, products, tmp_path):
     names = ["a", None, "b"]
     with torch.inference_mode():
         bare = model(ids()).logits
-        mixed = MixedLora(model, masked=True)
+        mixed = MixedLora(model, masked=True, joined=True)
         for seed, (name, rank, targets) in enumerate(
             (("a", 4, "all"), ("b", 2, ["q_proj", "v_proj"]))
         ):
@@ -69,7 +69,7 @@ def test_one_product_for_each_input(build, products, tmp_path):
 def test_the_model_keeps_its_weights(products):
     model, fresh = biased(), biased()
     names = [n for n, _ in model.named_parameters()]
-    mixed = MixedLora(model, masked=True)
+    mixed = MixedLora(model, masked=True, joined=True)
     q, k = (model.model.layers[0].self_attn.get_submodule(n) for n in ("q_proj", "k_proj"))
     assert q.weight.untyped_storage().data_ptr() == k.weight.untyped_storage().data_ptr()
     mixed.close()
@@ -86,7 +86,7 @@ def test_the_model_keeps_its_weights(products):
 
 def test_training_outside_of_rows_goes_through_the_layers(products):
     model, fresh = llama(), llama()
-    MixedLora(model, masked=True)
+    MixedLora(model, masked=True, joined=True)
     for each in (model, fresh):
         each(ids()).logits.square().mean().backward()
     assert products == []
@@ -100,21 +100,22 @@ def pair(bias=False):
         "x.q_proj": nn.Linear(8, 6, bias=bias),
         "x.k_proj": nn.Linear(8, 4, bias=bias),
     }
-    calls = []
+    calls, left = [], Left()
 
     def forward(together, path, x):
-        parts = together.left(x, None)
+        parts = left.of(together, x, None)
         if path not in parts:
             calls.append(path)
-            parts = together.keep(x, None, together.product(x))
+            parts = left.keep(together, x, None, together.product(x))
         return parts.pop(path)
 
-    return layers, lay_together(layers, forward), calls
+    (together,) = lay_together(layers, forward)
+    return layers, together, calls, left
 
 
 @torch.no_grad()
 def test_a_product_serves_each_layer_once():
-    layers, (together,), calls = pair(bias=True)
+    layers, together, calls, left = pair(bias=True)
     q, k = layers.values()
     x = torch.randn(3, 8)
 
@@ -124,20 +125,20 @@ def test_a_product_serves_each_layer_once():
     torch.testing.assert_close(q(x), expected(q))
     torch.testing.assert_close(k(x), expected(k))
     assert calls == ["x.q_proj"]
-    assert together.left(x, None) == {}  # and keeps nothing
+    assert left.of(together, x, None) == {}  # and keeps nothing
     q(x)
     q.weight.add_(1)  # a change in place is seen by both
     torch.testing.assert_close(q(x), expected(q))
     torch.testing.assert_close(q(x.clone()), expected(q))
     assert calls == ["x.q_proj"] * 4
     assert together.current
-    q.weight = nn.Parameter(q.weight + 1)
+    q.bias = nn.Parameter(q.bias + 1)
     assert not together.current
 
 
 @torch.no_grad()
 def test_a_product_is_the_threads_own():
-    layers, _, calls = pair()
+    layers, _, calls, _ = pair()
     q, k = layers.values()
     x = torch.randn(2, 8)
     q(x)
@@ -149,9 +150,45 @@ def test_a_product_is_the_threads_own():
     assert len(calls) == 2
 
 
+def test_parted_layers_share_nothing_whichever_was_replaced():
+    layers, together, _, _ = pair(bias=True)
+    q, k = layers.values()
+    q.weight = nn.Parameter(q.weight.detach() + 1)
+    before = k.weight.detach().clone(), q.bias.detach().clone()
+    with torch.inference_mode():
+        together.part()
+    assert torch.equal(k.weight, before[0])
+    assert torch.equal(q.bias, before[1])
+    for tensor in (k.weight, k.bias, q.bias):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    (k(torch.randn(2, 8)).sum() + q(torch.randn(2, 8)).sum()).backward()  # no inference tensors
+
+
+def test_nothing_stays_of_a_pass_that_fails(monkeypatch):
+    model = llama()
+    mixed = MixedLora(model, masked=True, joined=True)
+    monkeypatch.setattr(model.model.layers[0].mlp.act_fn, "forward", lambda x: 1 / 0)
+    with torch.inference_mode(), pytest.raises(ZeroDivisionError), mixed.rows([None] * 3):
+        model(ids())
+    assert not hasattr(mixed._left._now, "kept")
+
+
+def test_what_was_set_up_halfway_is_taken_down(monkeypatch):
+    def fails(*_, **__):
+        raise MemoryError
+
+    model = llama()
+    monkeypatch.setattr("lora_kit.serve.mixed.packed_linears", fails)
+    with pytest.raises(MemoryError):
+        MixedLora(model, masked=True, joined=True)
+    monkeypatch.undo()
+    assert not any("forward" in m.__dict__ or m._forward_hooks for m in model.modules())
+    assert MixedLora(model, masked=True, joined=True).layers
+
+
 def test_a_weight_put_in_its_place_is_used(products, tmp_path):
     model = llama()
-    mixed = MixedLora(model, masked=True)
+    mixed = MixedLora(model, masked=True, joined=True)
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(torch.randn_like(layer.weight))
     with torch.inference_mode():
@@ -174,7 +211,7 @@ def test_what_is_not_alike_stays_apart():
         own,
         tied,
     ):
-        assert lay_together({"x.q_proj": a, "x.k_proj": other}, None) == []
-    assert lay_together({"x.q_proj": a, "y.k_proj": b}, None) == []
-    assert lay_together({"x.o_proj": a, "x.k_proj": b}, None) == []
+        assert not list(lay_together({"x.q_proj": a, "x.k_proj": other}, None))
+    assert not list(lay_together({"x.q_proj": a, "y.k_proj": b}, None))
+    assert not list(lay_together({"x.o_proj": a, "x.k_proj": b}, None))
     assert "forward" not in a.__dict__

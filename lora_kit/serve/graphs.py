@@ -114,13 +114,13 @@ class StepGraphs:
         self.decoder, self.rows, self.broken = decoder, doubled(1, rows), False
         self.failures = 0
         if record is None:
-            own_slot_kernels()  # compiled now: not while something is recorded
+            own_slot_kernels()  # found out now, not while something is recorded
         self.record = record or CudaRecorder(decoder.device)
         self.side = getattr(self.record, "side", None)
         self.recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
         self.met: Counter = Counter()
         self._logits: torch.Tensor | None = None  # of a pass, one place for all graphs
-        self._version = -1
+        self._version: tuple | None = None
         decoder.cache.idle_bytes = _memory(decoder.device) // IDLE_SHARE
 
     def step(self, tokens: Sequence[int], keys: Sequence[str | None]) -> torch.Tensor | None:
@@ -219,6 +219,7 @@ class StepGraphs:
         if isinstance(error, torch.OutOfMemoryError) and self.failures < PATIENCE:
             return
         self.broken = True
+        self.decoder.cache.idle_bytes = 0  # nothing writes there any longer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"CUDA graphs cannot be had, the model goes on without: {reason}", stacklevel=2
@@ -242,8 +243,8 @@ class StepGraphs:
         self.met.pop(key, None)
 
     def _forget_stale(self) -> None:
-        """Graphs of buffers or pages that are no more."""
-        version = self.decoder.cache.version
+        """Graphs of buffers, weights or pages that are no more."""
+        version = self.decoder.cache.version, self.decoder.mixed.version
         if version != self._version:
             self.recorded.clear()
             self._version = version

@@ -4,11 +4,11 @@ The base's product is one for all rows. Its detours are not: row i wants s·B A 
 its own adapter. They lie in slots (`slots`), and are multiplied for all rows together (`products`).
 To switch a row is to name another slot: no weight moves.
 
-The products hang on the base's layers as forward hooks: the model, dense or in 4 bits, keeps its
-weights, and outside `rows(...)` it answers as the bare base, to the bit. Within, the base's own
-products are made as the device likes them: on a GPU those of one input together (`together`), on a
-CPU by oneDNN over packed weights (`lora_kit.packed_linear`). (Chen et al. 2023, "Punica", section
-4, whose CUDA kernel gathers likewise.)
+The products hang on the base's layers, as forward hooks or as forward passes of theirs. The model,
+dense or in 4 bits, keeps its weights, and outside `rows(...)` it answers as the bare base, to the
+bit. Within, the base's own products are made as the device likes them: on a GPU those of one input
+together (`together`), on a CPU by oneDNN over packed weights (`lora_kit.packed_linear`). (Chen et
+al. 2023, "Punica", section 4, whose CUDA kernel gathers likewise.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lora_kit.lora_targets import linear_layers
 from lora_kit.packed_linear import TOKENS_FROM, packed_linears
 from lora_kit.serve.products import At, Batch, add_detour, add_detours, begin_detour, plan_batch
 from lora_kit.serve.slots import Factors, Slots, site_of
-from lora_kit.serve.together import Together, lay_together
+from lora_kit.serve.together import Left, Together, lay_together
 
 __all__ = ["Factors", "MixedLora"]
 
@@ -48,17 +48,21 @@ class MixedLora:
             model(input_ids)                # three rows
 
     A call of the model from another thread, or outside `rows`, meets the bare base. For inference:
-    no gradient goes through a detour.
+    no gradient goes through a detour. A weight or bias put in the place of another is noticed, but
+    by passes that are recorded already (`graphs`). An fp32 base on a CPU takes its weights' memory
+    twice, where there is enough.
 
     Args:
         model: the bare base, on its device.
         masked: how products are made, see `products`; by default as its device likes it.
+        joined: whether layers that read one input are multiplied together, see `together`; only
+            where products are masked, and by default on a GPU.
 
     Raises:
         BadInputError: a model that carries adapters already.
     """
 
-    def __init__(self, model, masked: bool | None = None):
+    def __init__(self, model, masked: bool | None = None, joined: bool | None = None):
         from lora_kit.lora_state import lora_layers
 
         if hasattr(model, "peft_config") or lora_layers(model):
@@ -73,27 +77,33 @@ class MixedLora:
         place = model.get_input_embeddings().weight
         self.device, self.dtype = place.device, place.dtype
         self.masked = self.device.type != "cpu" if masked is None else masked
+        joined = self.device.type == "cuda" if joined is None else joined
         self.slots = Slots(PAGE_SLOTS, zeroed=self.masked)
         self._plans: dict[tuple[str | None, ...], Batch] = {}
         self._now = threading.local()
         self._lock = threading.Lock()
-        self._undo = contextlib.ExitStack()
-        joined: list[Together] = []
-        if self.masked:
-            joined = lay_together(self.layers, self._joined)
-            for together in joined:
-                self._undo.callback(together.part)
-        packed = packed_linears(model, tokens=TOKENS_FROM, when=lambda: self._inferring)
-        self._undo.enter_context(packed)
-        apart = self.layers.keys() - {path for some in joined for path in some.layers}
+        self.version = 0  # another number once the layers' weights may lie elsewhere
+        self._left = Left()
+        with contextlib.ExitStack() as undo:  # what is set up halfway is taken down again
+            self._set_up(undo, joined and self.masked)
+            self._undo = undo.pop_all()
+
+    def _set_up(self, undo: contextlib.ExitStack, joined: bool) -> None:
+        apart = dict(self.layers)
+        if joined:
+            for together in lay_together(self.layers, self._joined):
+                undo.callback(together.part)
+                apart = {
+                    path: layer for path, layer in apart.items() if path not in together.layers
+                }
+        when = lambda: self._inferring  # noqa: E731
+        undo.enter_context(packed_linears(self.model, tokens=TOKENS_FROM, when=when))
         # On every layer from the start: a hook that came while another thread runs the model would
         # break into its walk through the hooks.
-        self._hooks = [self.layers[path].register_forward_hook(self._hook(path)) for path in apart]
-        if self.device.type == "cuda":
-            self._hooks += [
-                self.layers[path].register_forward_pre_hook(self._hook_before(path))
-                for path in apart
-            ]
+        for path, layer in apart.items():
+            undo.callback(layer.register_forward_hook(self._hook(path)).remove)
+            if self.device.type == "cuda":
+                undo.callback(layer.register_forward_pre_hook(self._hook_before(path)).remove)
 
     # ------------------------------------------------------------------ adapters
     def factors(self, files: AdapterFiles) -> Factors:
@@ -148,10 +158,9 @@ class MixedLora:
 
     def close(self) -> None:
         """Take all hooks and adapters off the model, and leave its products to torch again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._plans = [], {}
         self._undo.close()
+        self._plans = {}
+        self.version += 1
         self.slots = Slots(self.slots.page_slots, self.slots.zeroed)
 
     def _known(self, name: str) -> None:
@@ -178,6 +187,7 @@ class MixedLora:
             yield
         finally:
             self._now.batch, self._now.serving = before
+            self._left.clear()
 
     @property
     def _batch(self) -> Batch | None:
@@ -214,7 +224,8 @@ class MixedLora:
                 found = plan_batch(at, self.masked, self.device)
                 while len(self._plans) >= PLANS_KEPT:
                     del self._plans[next(iter(self._plans))]
-                self._plans[names] = found
+            self._plans.pop(names, None)
+            self._plans[names] = found  # the one used last stands last
         return replace(found, seen=None)  # another thread may run a batch of the same rows
 
     def _joined(self, together: Together, path: str, x: torch.Tensor) -> torch.Tensor:
@@ -225,14 +236,14 @@ class MixedLora:
             out = torch.nn.functional.linear(x, layer.weight, layer.bias)
             detoured = None if batch is None else add_detour(batch, path, site, x, out)
             return out if detoured is None else detoured
-        parts = together.left(x, batch)
+        parts = self._left.of(together, x, batch)
         if path not in parts:  # each takes its part once: the same input later is multiplied again
             if batch is not None:
                 begin_detour(batch, site, x)
             out = together.product(x)
             if batch is not None:
                 add_detours(batch, together.columns, site, x, out)
-            parts = together.keep(x, batch, out)
+            parts = self._left.keep(together, x, batch, out)
         return parts.pop(path)
 
     def _hook(self, path: str):

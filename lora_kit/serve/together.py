@@ -13,7 +13,7 @@ in place is seen by both.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from lora_kit.packed_linear import plain_weight
 from lora_kit.serve.slots import site_of
 
-__all__ = ["Together", "lay_together"]
+__all__ = ["Left", "Together", "lay_together"]
 
 
 class Together:
@@ -37,7 +37,7 @@ class Together:
         for path, layer in layers.items():
             self.columns[path] = slice(first, first + layer.out_features)
             first += layer.out_features
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.weight = torch.cat([layer.weight for layer in layers.values()])
             biases = [layer.bias for layer in layers.values() if layer.bias is not None]
             self.bias = torch.cat(biases) if biases else None
@@ -45,59 +45,70 @@ class Together:
                 layer.weight.data = self.weight[self.columns[path]]
                 if self.bias is not None:
                     layer.bias.data = self.bias[self.columns[path]]
-        self._now = threading.local()
-        self.places = [layer.weight.data_ptr() for layer in layers.values()]
+        self.places = [_place(layer) for layer in self.layers.values()]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """(..., all columns) of x (..., in)."""
         return nn.functional.linear(x, self.weight, self.bias)
 
-    def keep(self, x: torch.Tensor, batch: object, out: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each layer's part of the product of x, for `left`; the caller takes one out."""
-        parts = {path: out[..., columns] for path, columns in self.columns.items()}
-        self._now.kept = x, batch, parts
+    @property
+    def current(self) -> bool:
+        """Whether the layers' numbers are those here still: not moved, not replaced."""
+        return self.places == [_place(layer) for layer in self.layers.values()]
+
+    def part(self) -> None:
+        """Give the layers numbers and forward passes of their own again."""
+        with torch.inference_mode(False), torch.no_grad():
+            for layer, place in zip(self.layers.values(), self.places, strict=True):
+                layer.__dict__.pop("forward", None)
+                for held, there in zip((layer.weight, layer.bias), place, strict=True):
+                    if held is not None and held.data_ptr() == there:
+                        held.data = held.data.clone()
+
+
+class Left:
+    """Of the product made last by each thread, the parts that nobody has taken out yet."""
+
+    def __init__(self):
+        self._now = threading.local()
+
+    def keep(self, together: Together, x: torch.Tensor, batch: object, out: torch.Tensor) -> dict:
+        """{path: its part of the product of x}; the caller takes one out."""
+        parts = {path: out[..., columns] for path, columns in together.columns.items()}
+        self._now.kept = together, x, batch, parts
         return parts
 
-    def left(self, x: torch.Tensor, batch: object) -> dict[str, torch.Tensor]:
-        """The parts of the product of this very x that nobody has taken out yet, this thread's."""
-        of, whose, parts = getattr(self._now, "kept", (None, None, {}))
-        if of is x and whose is batch:
+    def of(self, together: Together, x: torch.Tensor, batch: object) -> dict[str, torch.Tensor]:
+        """The parts left of the product of this very x; none of another."""
+        whose, of, under, parts = getattr(self._now, "kept", (None, None, None, {}))
+        if whose is together and of is x and under is batch:
             if len(parts) == 1:  # the last one goes: x need not be kept any longer
-                self._now.kept = None, None, {}
+                self.clear()
             return parts
         return {}
 
-    @property
-    def current(self) -> bool:
-        """Whether the layers' weights are those here still: not moved, not replaced."""
-        return self.places == [layer.weight.data_ptr() for layer in self.layers.values()]
-
-    def part(self) -> None:
-        """Give the layers weights and forward passes of their own again."""
-        for layer in self.layers.values():
-            layer.__dict__.pop("forward", None)
-        if self.current:
-            for layer in self.layers.values():
-                layer.weight.data = layer.weight.data.clone()
-                if layer.bias is not None:
-                    layer.bias.data = layer.bias.data.clone()
+    def clear(self) -> None:
+        self._now.__dict__.pop("kept", None)
 
 
-def lay_together(layers: Mapping[str, nn.Module], forward) -> list[Together]:
-    """Join the dense layers of each site that has several alike.
+def _place(layer: nn.Linear) -> tuple[int, int]:
+    return layer.weight.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr()
+
+
+def lay_together(layers: Mapping[str, nn.Module], forward) -> Iterator[Together]:
+    """Join the dense layers of each site that has several alike, one site after another.
 
     forward: (together, path, x) → the layer's answer, set as its forward pass.
     """
     sites: dict[str, dict[str, nn.Module]] = {}
     for path, layer in layers.items():
         sites.setdefault(site_of(path), {})[path] = layer
-    joined = []
     for site, some in sites.items():
         if len(some) > 1 and _alike(list(some.values())):
-            joined.append(Together(site, some))
+            together = Together(site, some)
             for path, layer in some.items():
-                layer.forward = partial(forward, joined[-1], path)
-    return joined
+                layer.forward = partial(forward, together, path)
+            yield together
 
 
 def _alike(layers: list[nn.Module]) -> bool:
