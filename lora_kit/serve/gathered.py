@@ -121,31 +121,26 @@ def _multiply(a, b, x, out: torch.Tensor, add: bool = False) -> None:
 
     Shapes: a (r, in) and b (r, out), or (slots, r, in) and (slots, r, out).
     """
-    add_in_place = add and out.dtype == b.dtype
+    in_place = add and out.dtype == b.dtype
     if a.dim() == 2:
-        if add_in_place and x.numel() == a.shape[1]:  # one token: cheaper to call
+        if in_place and x.numel() == a.shape[1]:  # one token: cheaper to call
             out.view(-1).addmv_(b.t(), torch.mv(a, x.reshape(-1)))
             return
         hidden, to = x.reshape(-1, a.shape[1]).mm(a.t()), out.view(-1, b.shape[1])
-        if add_in_place:
-            to.addmm_(hidden, b)
-        elif add:
-            to.add_(hidden.mm(b))
+        product, add_product = torch.mm, to.addmm_
+    else:
+        x, to = x.reshape(len(a), -1, a.shape[2]), out.view(len(a), -1, b.shape[2])
+        if x.shape[1] * x.shape[2] <= NARROW:
+            hidden = a.bmm(x.transpose(1, 2)).transpose(1, 2)
         else:
-            torch.mm(hidden, b, out=to)
-        return
-    x = x.reshape(len(a), -1, a.shape[2])
-    if x.shape[1] * x.shape[2] <= NARROW:
-        hidden = a.bmm(x.transpose(1, 2)).transpose(1, 2)
-    else:
-        hidden = x.bmm(a.transpose(1, 2))
-    to = out.view(len(a), -1, b.shape[2])
-    if add_in_place:
-        to.baddbmm_(hidden, b)
+            hidden = x.bmm(a.transpose(1, 2))
+        product, add_product = torch.bmm, to.baddbmm_
+    if in_place:
+        add_product(hidden, b)
     elif add:
-        to.add_(hidden.bmm(b))
+        to.add_(product(hidden, b))
     else:
-        torch.bmm(hidden, b, out=to)
+        product(hidden, b, out=to)
 
 
 def _order_of(batch, pages: list[Page], tokens: int) -> Order:

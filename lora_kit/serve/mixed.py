@@ -96,8 +96,8 @@ class MixedLora:
                 apart = {
                     path: layer for path, layer in apart.items() if path not in together.layers
                 }
-        when = lambda: self._inferring  # noqa: E731
-        undo.enter_context(packed_linears(self.model, tokens=TOKENS_FROM, when=when))
+        packed = packed_linears(self.model, tokens=TOKENS_FROM, when=lambda: self._inferring)
+        undo.enter_context(packed)
         # On every layer from the start: a hook that came while another thread runs the model would
         # break into its walk through the hooks.
         for path, layer in apart.items():
